@@ -1,0 +1,158 @@
+"""Frames with their camera poses, and the published transforms."""
+import os
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+
+from datasets.labels import poses_of, read_labels
+from util.errors import UserError
+
+_TO_INPUT = [transforms.ToTensor(), transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
+
+
+def train_transform():
+    """The published augmentation: PIL image -> 3 x 224 x 224, a random crop of the image resized to a shorter side of
+    256, with colour jitter, normalised as ImageNet."""
+    return transforms.Compose([transforms.Resize(256), transforms.RandomCrop(224),
+                               transforms.ColorJitter(0.5, 0.5, 0.5, 0.2), *_TO_INPUT])
+
+
+def test_transform():
+    """The published test transform: PIL image -> 3 x 224 x 224, the centre of the image resized to a shorter side of
+    256, normalised as ImageNet."""
+    return transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *_TO_INPUT])
+
+
+test_transform.__test__ = False  # pytest would take it for a test
+
+
+class CameraPoseDataset(Dataset):
+    """Items: {'img': 3 x 224 x 224, 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there}.
+
+    dataset_path: the folder that the label file's image paths are relative to.
+    scene_names: the model's scenes in order; by default the label file's, sorted.
+    equalize_scenes: an epoch has (frames of the largest scene) x (scenes) items: every frame once, the rest drawn from
+        the scenes in proportion to what they lack.
+
+    An item is asked for by its position or by (epoch, position); what is random in it is a function of
+    (seed, epoch, position) alone, and a position below the number of rows is that row. Raises UserError for label
+    files as `read_labels` does, for a missing image at once, and for an unreadable one when it is reached.
+    """
+
+    def __init__(self, dataset_path, labels_file, data_transform=None, equalize_scenes=False, scene_names=None, seed=0):
+        self.labels_file = labels_file
+        self.labels = read_labels(labels_file)
+        self.paths = [os.path.join(dataset_path, path) for path in self.labels["img_path"]]
+        for row, path in zip(self.labels["row"], self.paths):
+            if not os.path.isfile(path):
+                raise UserError(f"{labels_file}: row {row}: image {path} does not exist")
+        self.poses = torch.tensor(poses_of(self.labels), dtype=torch.float32)
+        self.scene_names = list(scene_names) if scene_names else sorted(set(self.labels["scene"]))
+        index = {name: i for i, name in enumerate(self.scene_names)}
+        self.scenes = np.array([index.get(name, -1) for name in self.labels["scene"]])
+        self.transform = data_transform or test_transform()
+        self.seed = seed
+        self.size = len(self.paths)
+        if equalize_scenes:
+            present = np.unique(self.scenes)
+            self.rows_of_scenes = [np.flatnonzero(self.scenes == scene) for scene in present]
+            frames = np.array([len(rows) for rows in self.rows_of_scenes])
+            self.size = frames.max() * len(present)
+            lacking = frames.max() - frames
+            self.scene_probabilities = lacking / max(lacking.sum(), 1)
+
+    def require_scenes(self, num_scenes):
+        """Raise UserError unless every frame is of a scene that a model of `num_scenes` scenes can learn."""
+        if (self.scenes < 0).any():
+            row = int(np.argmax(self.scenes < 0))
+            raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: scene '{self.labels['scene'][row]}' is not "
+                            f"among the scene_names {', '.join(self.scene_names)}")
+        if self.scenes.max() >= num_scenes:
+            raise UserError(f"{self.labels_file}: {len(self.scene_names)} scenes, but num_scenes is {num_scenes}")
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, item):
+        epoch, position = item if isinstance(item, tuple) else (0, item)
+        if not 0 <= position < self.size:
+            raise IndexError(position)
+        row = position
+        if position >= len(self.paths):
+            random = np.random.default_rng((self.seed, epoch, position))
+            row = random.choice(self.rows_of_scenes[random.choice(len(self.rows_of_scenes), p=self.scene_probabilities)])
+        try:
+            image = read_image(self.paths[row])
+        except UserError as error:
+            raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self.seed, epoch, position))
+            image = self.transform(image)
+        return {"img": image, "pose": self.poses[row], "scene": int(self.scenes[row])}
+
+
+def read_image(path):
+    """An image as 8-bit RGB (PIL). Greyscale is repeated, transparency dropped, 16 bits scaled to 8. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                values = np.asarray(image)
+                return Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise anything, and the file is at fault
+        raise UserError(f"image {path} cannot be read ({error})") from error
+
+
+def test_batches(dataset, batch_size, n_workers):
+    """A loader of the dataset in its order."""
+    return _loader(dataset, batch_size, n_workers, sampler=None)
+
+
+test_batches.__test__ = False
+
+
+def train_batches(dataset, batch_size, n_workers, seed):
+    """A function from an epoch's number to that epoch's batches, shuffled by (seed, epoch) alone."""
+    sampler = _EpochSampler(len(dataset), seed)
+    loader = _loader(dataset, batch_size, n_workers, sampler)
+
+    def batches(epoch):
+        sampler.epoch = epoch
+        return loader
+
+    return batches
+
+
+class _EpochSampler(Sampler):
+    def __init__(self, size, seed):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        return ((self.epoch, position) for position in epoch_order(self.size, self.seed, self.epoch).tolist())
+
+
+def epoch_order(size, seed, epoch):
+    """The order of an epoch: a permutation that (seed, epoch) determine."""
+    return torch.randperm(size, generator=epoch_generator(seed, epoch))
+
+
+def epoch_generator(seed, epoch):
+    """A random generator (CPU) that (seed, epoch) determine."""
+    return torch.Generator().manual_seed(_mix(seed, epoch))
+
+
+def _mix(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def _loader(dataset, batch_size, n_workers, sampler):
+    # More workers than cores only take turns.
+    n_workers = min(n_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=n_workers, persistent_workers=n_workers > 0,
+                      pin_memory=torch.cuda.is_available())

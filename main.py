@@ -1,0 +1,81 @@
+"""Train or test an absolute pose regressor (APR)."""
+import logging
+
+from models import APR_NAMES
+from util import cli
+
+
+def main():
+    parser = cli.parser(__doc__, APR_NAMES)
+    parser.add_argument("--checkpoint_path", metavar="FILE.pth",
+                        help="the APR's weights to start from in training, to test in testing (default: none in training)")
+    args = parser.parse_args()
+    run = cli.start(args)
+
+    import torch
+    import torch.nn.functional as F
+
+    from datasets.camera_poses import CameraPoseDataset, test_batches, test_transform, train_batches, train_transform
+    from models import load_apr
+    from util import engine
+    from util.errors import UserError
+    from util.latents import infer
+    from util.losses import CameraPoseLoss
+    from util.report import report, scene_names_of
+
+    config = run.config
+    multi_scene = args.model_name != "posenet"
+    freeze = config.get("freeze", False)
+    if args.mode == "test" and args.checkpoint_path is None:
+        raise UserError("a test needs --checkpoint_path, the weights to test")
+    if freeze and not multi_scene:
+        raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
+
+    apr = load_apr(args.model_name, args.backbone_path, config, args.checkpoint_path).to(run.device)
+    names = scene_names_of(config, args.checkpoint_path)
+
+    if args.mode == "train":
+        transform = test_transform() if config.get("no_augment", False) else train_transform()
+        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, transform, config.get("equalize_scenes", False),
+                                    names, run.seed)
+        if multi_scene:
+            dataset.require_scenes(config["num_scenes"])
+        if freeze:
+            freeze_all_but(apr, config["freeze_exclude_phrase"])
+        pose_loss = CameraPoseLoss(config).to(run.device)
+
+        def step(batch):
+            if freeze:
+                # As published: the transformers run in eval mode without gradient, and only heads can learn.
+                apr.eval()
+                with torch.no_grad():
+                    latents = apr.forward_transformers(batch)
+                apr.train()
+                result = apr.forward_heads(latents)
+            else:
+                result = apr(batch)
+            loss = pose_loss(result["pose"], batch["pose"])
+            if multi_scene:
+                loss = loss + F.nll_loss(result["scene_log_distr"], batch["scene"])
+            return loss, result["pose"]
+
+        batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
+        engine.train(run, apr, pose_loss, batches, step, cli.about(run, args.model_name, dataset.scene_names))
+    else:
+        apr.eval()
+        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
+
+        results = engine.evaluate(lambda batch: infer(apr, batch["img"]), test_batches(dataset, 1, config["n_workers"]),
+                                  run.device)
+        report(run, args.checkpoint_path, dataset, results, names)
+
+
+def freeze_all_but(apr, phrases):
+    """Freeze the parameters whose names hold none of the phrases."""
+    phrases = [phrases] if isinstance(phrases, str) else phrases
+    for name, parameter in apr.named_parameters():
+        parameter.requires_grad_(any(phrase in name for phrase in phrases))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,61 @@
+"""Train or test a camera pose auto-encoder (PAE) for a single-scene APR."""
+from models import SINGLE_SCENE_APRS
+from util import cli
+
+
+def main(description=__doc__, models=SINGLE_SCENE_APRS):
+    parser = cli.parser(description, models)
+    parser.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR, the PAE's teacher")
+    parser.add_argument("--encoder_checkpoint_path", metavar="FILE.pth",
+                        help="the PAE's weights to start from in training, to test in testing (default: none in training)")
+    args = parser.parse_args()
+    run = cli.start(args, "_pose_encoder", "pose_encoder")
+
+    import torch.nn.functional as F
+
+    from datasets.camera_poses import CameraPoseDataset, test_batches, test_transform
+    from models import build_pose_encoder, load_apr
+    from util import engine
+    from util.errors import UserError
+    from util.latents import compute_latents, freeze, infer, latent_batches
+    from util.losses import CameraPoseLoss
+    from util.report import report, scene_names_of
+
+    config = run.config
+    if args.mode == "test" and args.encoder_checkpoint_path is None:
+        raise UserError("a test needs --encoder_checkpoint_path, the weights to test")
+
+    apr = load_apr(args.model_name, args.backbone_path, config, args.apr_checkpoint_path).to(run.device)
+    encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
+    freeze(apr)
+    names = scene_names_of(config, args.apr_checkpoint_path)
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
+
+    if args.mode == "train":
+        latents = compute_latents(apr, dataset, config, run.device)
+        pae_input = "pose" if config.get("pae_input", "estimated") == "true" else "estimate"
+        pose_loss = CameraPoseLoss(config).to(run.device)
+
+        def step(batch):
+            latent_x, latent_q = encoder(batch[pae_input], batch.get("scene"))
+            pose = apr.regress(latent_x, latent_q)
+            loss = (F.mse_loss(latent_x, batch["latent_x"]) + F.mse_loss(latent_q, batch["latent_q"])
+                    + pose_loss(pose, batch["pose"]))
+            return loss, pose
+
+        batches = latent_batches(latents, config["batch_size"], run.seed)
+        engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names))
+    else:
+        encoder.eval()
+
+        def estimate(batch):
+            result = infer(apr, batch["img"])
+            pose = apr.regress(*encoder(result["pose"], result.get("scene")))
+            return {**result, "pose": pose, "apr_pose": result["pose"]}
+
+        results = engine.evaluate(estimate, test_batches(dataset, 1, config["n_workers"]), run.device)
+        report(run, args.encoder_checkpoint_path, dataset, results, names)
+
+
+if __name__ == "__main__":
+    cli.run(main)

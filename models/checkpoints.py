@@ -1,0 +1,182 @@
+"""Reading and writing weights. Reading never runs code from the file, and only tensors come of it."""
+import json
+import os
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from util.errors import UserError
+from util.files import whole_file
+
+# The classes that a pickled EfficientNet holds, over the versions of efficientnet-pytorch and PyTorch it can come from.
+_PICKLED_CLASSES = [f"efficientnet_pytorch.{name}" for name in (
+    "model.EfficientNet", "model.MBConvBlock", "utils.Conv2dStaticSamePadding", "utils.Conv2dDynamicSamePadding",
+    "utils.Identity", "utils.Swish", "utils.MemoryEfficientSwish", "utils.GlobalParams", "utils.BlockArgs",
+    "model.Swish", "model.MemoryEfficientSwish")] + [f"torch.nn.modules.{name}" for name in (
+        "conv.Conv2d", "batchnorm.BatchNorm2d", "linear.Linear", "linear.Identity", "dropout.Dropout",
+        "container.ModuleList", "container.Sequential", "pooling.AdaptiveAvgPool2d", "padding.ZeroPad2d",
+        "activation.Sigmoid", "activation.SiLU")]
+_PICKLED_FUNCTIONS = {
+    "collections.OrderedDict": OrderedDict,
+    "builtins.set": set, "__builtin__.set": set,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+}
+
+
+class _Pickled:
+    """Stands for every class of _PICKLED_CLASSES: holds what the file says of an object, and does nothing."""
+
+    def __new__(cls, *args):
+        return super().__new__(cls)
+
+    def __init__(self, *args):
+        pass
+
+
+class _LegacyUnpickler(pickle.Unpickler):
+    """For whole modules in the format before PyTorch 1.6, which names classes in a way that weights_only refuses."""
+
+    def find_class(self, module, name):
+        full_name = f"{module}.{name}"
+        if full_name in _PICKLED_CLASSES:
+            # One class an object type, without source code that PyTorch could compare with the file's.
+            return type(name, (_Pickled,), {"__module__": "pickled", "dump_patches": False})
+        if full_name in _PICKLED_FUNCTIONS:
+            return _PICKLED_FUNCTIONS[full_name]
+        raise pickle.UnpicklingError(f"it names {full_name}, which is not part of an EfficientNet")
+
+
+_LEGACY_PICKLE = SimpleNamespace(Unpickler=_LegacyUnpickler, __name__="pickle",
+                                 load=lambda file, **kwargs: _LegacyUnpickler(file, **kwargs).load())
+
+
+def read_weights(path):
+    """A state dict from a file: name -> tensor. Raises UserError unless the file is one."""
+    return _as_state_dict(path, _load(path))
+
+
+def read_module_tensors(path):
+    """Like `read_weights`, and takes the published pickled EfficientNet module too, in the zip and the legacy format."""
+    loaded = _load(path, classes=[(_Pickled, name) for name in _PICKLED_CLASSES])
+    return _as_state_dict(path, dict(_tensors_of(loaded)) if isinstance(loaded, _Pickled) else loaded)
+
+
+def _load(path, classes=()):
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the parser trips over, the file is at fault
+        if classes and "persistent_load" in str(error) and _is_legacy(path):
+            try:
+                with warnings.catch_warnings(action="ignore"):  # that it cannot compare source code
+                    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_LEGACY_PICKLE)
+            except Exception as legacy_error:
+                error = legacy_error
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = (f"it names {refused[1]}, and code from a file is never run" if refused
+                  else str(error).splitlines()[0][:160] if str(error) else type(error).__name__)
+        raise UserError(f"{path}: not a readable weights file, a PyTorch state dict is needed ({reason})") from error
+
+
+def _is_legacy(path):
+    """Whether a file begins with the magic number of PyTorch's format before 1.6."""
+    with open(path, "rb") as file:
+        return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)
+
+
+def _as_state_dict(path, loaded):
+    if not isinstance(loaded, dict) or not loaded or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()):
+        raise UserError(f"{path}: not a state dict of names and tensors, as torch.save(model.state_dict()) writes it")
+    return loaded
+
+
+def _tensors_of(module, prefix=""):
+    members = vars(module)
+    for name, tensor in [*members.get("_parameters", {}).items(), *members.get("_buffers", {}).items()]:
+        if tensor is not None:
+            yield prefix + name, tensor
+    for name, child in members.get("_modules", {}).items():
+        if isinstance(child, _Pickled):
+            yield from _tensors_of(child, f"{prefix}{name}.")
+
+
+def save_weights(path, state_dict, about):
+    """Write a state dict and, beside it under the same name, a JSON file that says what it is."""
+    with whole_file(path, "wb") as file:
+        torch.save(state_dict, file)
+    with whole_file(Path(path).with_suffix(".json")) as file:
+        json.dump(about, file, indent=2)
+        file.write("\n")
+
+
+def read_about(path):
+    """The JSON beside a weights file, {} where there is none. Raises UserError where it is not JSON."""
+    path = Path(path).with_suffix(".json")
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: not a JSON object; mend it or remove it")
+    return about
+
+
+def describe(weights):
+    """What the tensors of a checkpoint determine: {'kind': a model's name, config key: value, ...}, {} if unknown."""
+    if "x_latent_fc.weight" in weights:
+        backbone_type = ("efficientnet" if "backbone._conv_stem.weight" in weights else
+                         "mobilenet" if "backbone.0.0.0.weight" in weights else "resnet50")
+        return {"kind": "posenet", "backbone_type": backbone_type, "hidden_dim": len(weights["x_latent_fc.weight"])}
+    if "query_embed_t.weight" in weights:
+        num_scenes, hidden_dim = weights["query_embed_t.weight"].shape
+        kind = "ms-transposenet" if "regressor_head_t.0.fc_h.weight" in weights else "ems-transposenet"
+        found = {"kind": kind, "num_scenes": num_scenes, "hidden_dim": hidden_dim}
+        feed_forward = weights.get("transformer_t.encoder.layers.0.linear1.weight")
+        if feed_forward is not None:
+            found["dim_feedforward"] = len(feed_forward)
+        for branch in ("t", "rot"):
+            for part in ("encoder", "decoder"):
+                pattern = re.compile(rf"transformer_{branch}\.{part}\.layers\.(\d+)\.")
+                layers = {match[1] for match in map(pattern.match, weights) if match}
+                found[f"num_{branch}_{part}_layers"] = len(layers)
+        return found
+    if "x_encoder.0.weight" in weights:
+        n_inputs = weights["x_encoder.0.weight"].shape[1]
+        deep = "x_encoder.6.weight" in weights
+        found = {"kind": "multi-scene PAE" if n_inputs == 52 else "single-scene PAE", "shallow_mlp": not deep,
+                 "hidden_dim": len(weights["x_encoder.6.weight" if deep else "x_encoder.2.weight"])}
+        return found if n_inputs == 52 else {**found, "apply_positional_encoding": n_inputs != 3}
+    if "hidden.0.weight" in weights and "q_reg.weight" in weights:
+        return {"kind": "refiner", "hidden_dim": weights["hidden.0.weight"].shape[1] // 4}
+    return {}
+
+
+def check_weights(path, weights, kind, config):
+    """Raise UserError, naming both values, unless a checkpoint is of the given kind and agrees with the config."""
+    found = describe(weights)
+    if found.get("kind") != kind:
+        holds = f"a checkpoint of {found['kind']}" if found else "weights of no model known here"
+        raise UserError(f"{path}: {holds}, but one of {kind} is needed")
+    for key, value in found.items():
+        if key != "kind" and key in config and config[key] != value:
+            raise UserError(f"{path}: the checkpoint has {key} {value!r}, but the config says {config[key]!r}")
+
+
+def fill(path, module, weights):
+    """Load a state dict into a module, every tensor of it. Raises UserError where they differ."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path}: does not fit the model: {first[:200]}") from error

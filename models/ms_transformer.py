@@ -1,0 +1,108 @@
+"""MS-Transformer: one model for many scenes (Shavit, Ferens & Keller, ICCV 2021, arXiv 2103.11468, section 3).
+
+Two EfficientNet-B0 feature maps go through two transformers, one for the position and one for the orientation, each with
+a query a scene. The scene is classified from both, and the latents of the chosen scene are regressed to a pose.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.backbones import ENDPOINTS, EndpointBackbone
+from models.transformer import LearnedPositions, Transformer
+from util.errors import UserError
+
+
+class MSTransPoseNet(nn.Module):
+    """ms-transposenet: a pair of heads a scene.
+
+    forward({'img': N x 3 x H x W, 'scene': N or None}) -> {'pose': N x 7, 'scene_log_distr': N x num_scenes}. The scene
+    is the given one, else the most likely. The quaternion (scalar first) is not normalised.
+    """
+
+    def __init__(self, config, backbone_path):
+        super().__init__()
+        hidden_dim, num_scenes = config["hidden_dim"], config["num_scenes"]
+        # The published code reads `nhead` and never `nheads`: the published checkpoints have 8 heads.
+        nhead, dropout = config.get("nhead", 8), config.get("dropout", 0.1)
+        if hidden_dim % nhead or hidden_dim % 2:
+            raise UserError(f"hidden_dim {hidden_dim} must be even and divisible by nhead {nhead}")
+        reduction = config.get("reduction", ["reduction_4", "reduction_3"])
+        if len(reduction) != 2:
+            raise UserError(f"reduction is {reduction}, but it must name two endpoints: position's, then orientation's")
+
+        def transformer(branch):
+            return Transformer(hidden_dim, nhead, config.get(f"num_{branch}_encoder_layers", 6),
+                               config.get(f"num_{branch}_decoder_layers", 6), config["dim_feedforward"], dropout)
+
+        self.backbone = nn.Sequential(EndpointBackbone(reduction, backbone_path), LearnedPositions(hidden_dim))
+        self.transformer_t = transformer("t")
+        self.transformer_rot = transformer("rot")
+        channels_t, channels_rot = (ENDPOINTS[name][1] for name in reduction)
+        self.input_proj_t = nn.Conv2d(channels_t, hidden_dim, kernel_size=1)
+        self.input_proj_rot = nn.Conv2d(channels_rot, hidden_dim, kernel_size=1)
+        self.query_embed_t = nn.Embedding(num_scenes, hidden_dim)
+        self.query_embed_rot = nn.Embedding(num_scenes, hidden_dim)
+        self.scene_embed = nn.Linear(2 * hidden_dim, 1)
+        self.regressor_head_t, self.regressor_head_rot = self.build_heads(hidden_dim, num_scenes)
+
+    def build_heads(self, hidden_dim, num_scenes):
+        return (nn.ModuleList(PoseRegressor(hidden_dim, 3) for _ in range(num_scenes)),
+                nn.ModuleList(PoseRegressor(hidden_dim, 4) for _ in range(num_scenes)))
+
+    def forward(self, data):
+        return self.forward_heads(self.forward_transformers(data))
+
+    def forward_transformers(self, data):
+        """All but the heads: the batch -> {'latent_x', 'latent_q': N x hidden_dim of the chosen scene,
+        'scene': N, the chosen scene, 'scene_log_distr': N x num_scenes}."""
+        backbone, positions = self.backbone
+        map_t, map_rot = backbone(data["img"])
+        latents_t = self.transformer_t(self.input_proj_t(map_t), self.query_embed_t.weight, positions(map_t))
+        latents_rot = self.transformer_rot(self.input_proj_rot(map_rot), self.query_embed_rot.weight, positions(map_rot))
+        scores = self.scene_embed(torch.cat((latents_t, latents_rot), dim=2)).squeeze(2)
+        scene_log_distr = F.log_softmax(scores, dim=1)
+        scene = data.get("scene")
+        scene = scene_log_distr.argmax(dim=1) if scene is None else scene.long()
+        frames = torch.arange(len(scene), device=scene.device)
+        return {"latent_x": latents_t[frames, scene], "latent_q": latents_rot[frames, scene], "scene": scene,
+                "scene_log_distr": scene_log_distr}
+
+    def forward_heads(self, result):
+        """What `forward_transformers` returns -> what `forward` returns."""
+        frames = torch.arange(len(result["scene"]), device=result["scene"].device)
+        pose = torch.cat([torch.stack([head(latent) for head in heads], dim=1)[frames, result["scene"]]
+                          for heads, latent in ((self.regressor_head_t, result["latent_x"]),
+                                                (self.regressor_head_rot, result["latent_q"]))], dim=1)
+        return {"pose": pose, "scene_log_distr": result["scene_log_distr"]}
+
+
+class EMSTransPoseNet(MSTransPoseNet):
+    """ems-transposenet, the published MS-Transformer: one pair of heads for all scenes.
+
+    forward also returns 'latent_x' and 'latent_q', N x hidden_dim, which the heads read.
+    """
+
+    def build_heads(self, hidden_dim, num_scenes):
+        return PoseRegressor(hidden_dim, 3), PoseRegressor(hidden_dim, 4)
+
+    def forward_heads(self, result):
+        latents = {"latent_x": result["latent_x"], "latent_q": result["latent_q"]}
+        return {"pose": self.regress(**latents), "scene_log_distr": result["scene_log_distr"], **latents}
+
+    def regress(self, latent_x, latent_q):
+        """The pose that the heads read from latents: two of N x hidden_dim -> N x 7."""
+        return torch.cat((self.regressor_head_t(latent_x), self.regressor_head_rot(latent_q)), dim=1)
+
+
+class PoseRegressor(nn.Module):
+    """forward(N x in_dim) -> N x out_dim, with 1024 hidden units."""
+
+    def __init__(self, in_dim, out_dim):
+        super().__init__()
+        self.fc_h = nn.Linear(in_dim, 1024)
+        self.fc_o = nn.Linear(1024, out_dim)
+        nn.init.xavier_uniform_(self.fc_h.weight)
+        nn.init.xavier_uniform_(self.fc_o.weight)
+
+    def forward(self, latent):
+        return self.fc_o(F.gelu(self.fc_h(latent)))

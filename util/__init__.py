@@ -1,0 +1,1 @@
+"""Arguments, configuration, training and evaluation loops, losses and metrics."""

@@ -1,0 +1,149 @@
+"""Hyper-parameters: config.json, its presets, and what --set changes."""
+import difflib
+import json
+import logging
+
+from util.errors import UserError
+
+
+def _number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _names(value):
+    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+_FLAG = ("true or false", lambda value: isinstance(value, bool))
+_COUNT = ("a whole number of at least 1", lambda value: _whole(value) and value >= 1)
+_COUNT_OR_0 = ("a whole number of at least 0", lambda value: _whole(value) and value >= 0)
+_NUMBER = ("a number", _number)
+_NUMBER_OR_0 = ("a number of at least 0", lambda value: _number(value) and value >= 0)
+_POSITIVE = ("a number above 0", lambda value: _number(value) and value > 0)
+_NAMES = ("a list of names", _names)
+
+
+def _choice(*values):
+    return ("one of " + ", ".join(map(json.dumps, values)), lambda value: value in values)
+
+
+# Every key, what its value must be, and whether a value is that.
+KEYS = {
+    "n_freq_print": _COUNT, "n_freq_checkpoint": _COUNT, "n_workers": _COUNT_OR_0,
+    "device_id": ("a device's name", lambda value: isinstance(value, str)),
+    "batch_size": _COUNT, "equalize_scenes": _FLAG, "num_scenes": _COUNT, "scene_names": _NAMES,
+    "learnable": _FLAG, "s_x": _NUMBER, "s_q": _NUMBER, "norm": _choice(1, 2),
+    "lr": _POSITIVE, "weight_decay": _NUMBER_OR_0, "eps": _NUMBER_OR_0,
+    "lr_scheduler_step_size": _COUNT, "lr_scheduler_gamma": _POSITIVE, "n_epochs": _COUNT,
+    "num_t_encoder_layers": _COUNT_OR_0, "num_t_decoder_layers": _COUNT_OR_0,
+    "num_rot_encoder_layers": _COUNT_OR_0, "num_rot_decoder_layers": _COUNT_OR_0,
+    "dim_feedforward": _COUNT, "hidden_dim": _COUNT, "nhead": _COUNT, "nheads": _COUNT, "reduction": _NAMES,
+    "dropout": ("a number from 0 to below 1", lambda value: _number(value) and 0 <= value < 1),
+    "freeze": _FLAG, "no_augment": _FLAG,
+    "freeze_exclude_phrase": ("a phrase or a list of phrases", lambda value: isinstance(value, str) or _names(value)),
+    "backbone_type": _choice("efficientnet", "resnet50", "mobilenet"),
+    "shallow_mlp": _FLAG, "apply_positional_encoding": _FLAG, "pae_input": _choice("estimated", "true"),
+    # Keys of the published refinement that nothing reads here.
+    "num_neighbors": _COUNT, "test_optim_iterations": _COUNT_OR_0, "single_scene": _FLAG,
+    "refine_orientation": _choice(None, "affine", "eigen"),
+}
+
+
+class Config(dict):
+    """The hyper-parameters of a run: key -> value. A required key that is missing is the user's error."""
+
+    source = "the config"
+
+    def __missing__(self, key):
+        raise UserError(f"{self.source}: the required key '{key}' is missing; add it or give --set {key}=VALUE")
+
+
+def load_config(path, model_name, section=None, preset=None, overrides=()):
+    """Read a config file for a model: `general` < the model's section < preset < `section` < overrides.
+
+    section: 'pose_encoder', 'refiner' or None.
+    overrides: 'key=value' strings.
+
+    A file without presets is taken for a published one, where `general` wins over the model's section. Raises UserError
+    for a file that is not JSON, unknown sections, presets and keys, and values of the wrong type.
+    """
+    try:
+        with open(path) as file:
+            sections = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON config: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: not a JSON object with the sections 'general' and '{model_name}'")
+    parts = [_section(path, sections, "general"), _section(path, sections, model_name)]
+    if "presets" not in sections:
+        parts.reverse()
+    if preset is not None:
+        parts.append(_preset(path, sections, preset, model_name))
+    if section in sections:
+        parts.append(_section(path, sections, section))
+
+    config = Config()
+    config.source = f"{path}, section '{model_name}'"
+    for part in parts:
+        config.update(part)
+    unknown = sorted(set(config) - set(KEYS))
+    if unknown:
+        logging.info("Config keys that nothing reads: %s", ", ".join(unknown))
+    for key in set(config) & set(KEYS):
+        _check(path, key, config[key])
+    for override in overrides:
+        key, value = _parse(override)
+        config[key] = value
+    if "nheads" in config:
+        logging.info("Config key nheads is ignored, as in the published code, which reads nhead (now %s): "
+                     "the published checkpoints have 8 heads", config.get("nhead", 8))
+    names, num_scenes = config.get("scene_names"), config.get("num_scenes")
+    if names and num_scenes and len(names) != num_scenes:
+        raise UserError(f"{config.source}: scene_names has {len(names)} names but num_scenes is {num_scenes}; give both "
+                        f"with --set, or no preset")
+    return config
+
+
+def _section(path, sections, name):
+    if not isinstance(sections.get(name), dict):
+        raise UserError(f"{path}: section '{name}' is missing; the file has {', '.join(sections) or 'none'}")
+    return sections[name]
+
+
+def _preset(path, sections, preset, model_name):
+    presets = sections.get("presets") or {}
+    if preset not in presets:
+        raise UserError(f"{path}: unknown preset '{preset}'; the file has {', '.join(presets) or 'none'}")
+    values = {key: value for key, value in presets[preset].items() if not isinstance(value, dict)}
+    of_model = presets[preset].get(model_name)
+    if of_model is None:
+        models = ", ".join(key for key, value in presets[preset].items() if isinstance(value, dict))
+        raise UserError(f"{path}: preset '{preset}' is not for {model_name}, but for {models}")
+    return {**values, **of_model}
+
+
+def _parse(override):
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise UserError(f"--set {override}: not of the form key=value")
+    if key not in KEYS:
+        close = difflib.get_close_matches(key, KEYS, n=1)
+        raise UserError(f"--set {override}: unknown key '{key}'" + (f"; did you mean {close[0]}?" if close else ""))
+    try:
+        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except ValueError:
+        value = text
+    if not KEYS[key][1](value) and KEYS[key][1](text):
+        value = text  # a name that looks like a number or a word of JSON, such as pae_input=true
+    _check("--set", key, value)
+    return key, value
+
+
+def _check(source, key, value):
+    description, accepts = KEYS[key]
+    if not accepts(value):
+        raise UserError(f"{source}: {key} is {json.dumps(value)}, but it must be {description}")

@@ -1,0 +1,27 @@
+"""Writing files whole or not at all."""
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from util.errors import UserError
+
+
+@contextmanager
+def whole_file(path, mode="w"):
+    """Open a file for writing that appears under `path` complete or not at all.
+
+    It is written beside `path` and renamed when the block ends without an exception. Raises UserError where the
+    system refuses to write.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, mode) as file:
+            yield file
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if part.exists():
+            part.unlink()

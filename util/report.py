@@ -1,0 +1,83 @@
+"""What a test tells: log lines, scenes and the file of predictions."""
+import logging
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets.labels import POSE_COLUMNS, write_labels
+from models.checkpoints import read_about
+from util.metrics import medians, pose_err
+
+RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
+
+
+def scene_names_of(config, checkpoint_path):
+    """A model's scenes in order: the config's, else those of the JSON beside its weights, else None."""
+    return config.get("scene_names") or (read_about(checkpoint_path).get("scene_names") if checkpoint_path else None)
+
+
+def report(run, tested, dataset, results, scene_names=None):
+    """Log a test and write its predictions where --predictions_path asks for them.
+
+    tested: what is tested, a file's name.
+    results: of engine.evaluate: 'pose' N x 7, 'milliseconds' N; for multi-scene models 'scene', N predicted indices; and
+        where the test is of what leans on an APR, 'apr_pose' N x 7, whose medians are logged above the others.
+    scene_names: the model's scenes in order, as scene_names_of gives them; where they are None, the label file's are
+        taken if it has as many as the model.
+    """
+    poses, truth = results["pose"].double(), dataset.poses
+    log_results(tested, dataset.labels_file, poses, truth, results["milliseconds"].numpy(), results.get("apr_pose"))
+    predictions = dataset.labels.drop(columns="row")
+    predictions[POSE_COLUMNS[:3]] = poses[:, :3].numpy()
+    predictions[POSE_COLUMNS[3:]] = F.normalize(poses[:, 3:], dim=1).numpy()
+    predictions["position_error_m"], predictions["orientation_error_deg"] = (e.numpy() for e in pose_err(poses, truth))
+    if "scene" in results:
+        scenes = results["scene"].numpy()
+        if scene_names is None and len(dataset.scene_names) == run.config["num_scenes"]:
+            scene_names = dataset.scene_names
+        true_scenes = dataset.scenes if scene_names else np.full(len(scenes), -1)
+        log_scenes(poses, truth, scenes, true_scenes, dataset.labels["scene"].to_numpy(), scene_names)
+        predictions["predicted_scene"] = [scene_name(scene, scene_names) for scene in scenes]
+    if run.args.predictions_path:
+        write_labels(run.args.predictions_path, predictions)
+        logging.info("Predictions: %s", run.args.predictions_path)
+
+
+def log_results(tested, labels_file, est_pose, gt_pose, milliseconds, apr_pose=None):
+    """Log a test as the published scripts do (a line a frame, the medians, the mean inference time), then the mean, the
+    90th percentile and the recalls. Poses N x 7 on the CPU, milliseconds N."""
+    position, orientation = (errors.numpy() for errors in pose_err(est_pose, gt_pose))
+    for frame in zip(position, orientation, milliseconds):
+        logging.info("Pose error: {:.3f}[m], {:.3f}[deg], inferred in {:.2f}[ms]".format(*frame))
+    logging.info("Performance of %s on %s", tested, labels_file)
+    if apr_pose is not None:
+        logging.info("The APR's own median: %s", medians(apr_pose, gt_pose))
+    logging.info("Median pose error: %s", medians(est_pose, gt_pose))
+    logging.info("Mean inference time:{:.2f}[ms]".format(np.mean(milliseconds)))
+    logging.info("Mean pose error: {:.3f}[m], {:.3f}[deg]".format(position.mean(), orientation.mean()))
+    logging.info("90th percentile: {:.3f}[m], {:.3f}[deg]".format(*(np.percentile(e, 90) for e in (position, orientation))))
+    for metres, degrees in RECALL_THRESHOLDS:
+        recall = np.mean((position <= metres) & (orientation <= degrees))
+        logging.info("Recall at {} m/{} deg: {:.1f}%".format(metres, degrees, 100 * recall))
+
+
+def log_scenes(est_pose, gt_pose, predicted_scene, true_scene, scenes, scene_names):
+    """Log the scene accuracy and a row a scene. predicted_scene, true_scene: N indices, true_scene -1 where the name is
+    unknown to the model; scenes: N names of the label file; scene_names: the model's, in order, or None."""
+    known = true_scene >= 0
+    if known.any():
+        logging.info("Scene accuracy: {:.1f}%".format(100 * np.mean(predicted_scene[known] == true_scene[known])))
+    for scene in sorted(set(scenes)):
+        rows = np.flatnonzero(scenes == scene)
+        index = true_scene[rows[0]]
+        counts = np.bincount(predicted_scene[rows])
+        predicted = ", ".join(f"{scene_name(i, scene_names)} {100 * counts[i] / len(rows):.1f}%"
+                              for i in np.argsort(-counts, kind="stable") if counts[i])
+        logging.info("Scene %s%s: %d frames, median %s, predicted as %s", scene, f" (index {index})" if index >= 0 else "",
+                     len(rows), medians(est_pose[rows], gt_pose[rows]), predicted)
+
+
+def scene_name(index, scene_names):
+    """The name of a scene where the names are known, else its index as text."""
+    return scene_names[index] if scene_names and index < len(scene_names) else str(index)
