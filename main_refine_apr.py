@@ -53,6 +53,8 @@ def main():
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
 
     if args.mode == "train":
+        if multi_scene:
+            dataset.require_scenes(config["num_scenes"])
         latents = compute_latents(apr, dataset, config, run.device)
         poses, scenes = latents["pose"], torch.tensor(dataset.scenes if multi_scene else 0 * dataset.scenes).to(run.device)
         reference_latents = torch.cat(encoder(poses, scenes), dim=1)

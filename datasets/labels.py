@@ -3,6 +3,7 @@
 The position is in metres; the quaternion is scalar first. A row is named by its number in the file as an editor or a
 spreadsheet shows it: the header is row 1.
 """
+import warnings
 from pathlib import PurePath
 
 import numpy as np
@@ -22,8 +23,9 @@ def read_labels(path):
     pose that is not seven finite numbers with a quaternion other than zero, and an image path outside the dataset.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False).fillna("")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows longer than the header
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False).fillna("")
+    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
     table = table.rename(columns=str.strip)
     missing = [column for column in COLUMNS if column not in table]

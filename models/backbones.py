@@ -4,6 +4,7 @@ Module names follow the published checkpoints: ResNet-50 and MobileNetV2 are `Se
 without the classifier, EfficientNet-B0 is efficientnet-pytorch's whole network.
 """
 import os
+import sys
 import urllib.error
 
 import torch
@@ -98,7 +99,8 @@ class EndpointBackbone(nn.Module):
 
 def _download(url):
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True,
+                                                  weights_only=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise UserError(f"imagenet: {url} could not be downloaded ({error}); give a weights file or 'none'") from error
 

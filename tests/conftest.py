@@ -1,0 +1,57 @@
+"""What the tests share: small layouts of frames, and running the scripts."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+MINI = SHARED / "data" / "7scenes_mini"
+PUBLISHED = SHARED / "data" / "published"
+COLUMNS = "scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4"
+
+needs_real_frames = pytest.mark.skipif(not MINI.is_dir(), reason="the real frames are not at hand")
+
+
+def write_scene(dataset, scene, n_frames, split, seed=0):
+    """Write frames of noise with random poses; returns their label rows."""
+    random = np.random.default_rng([seed, len(scene), *scene.encode(), split == "train"])
+    rows = []
+    for i in range(n_frames):
+        name = f"{scene}/seq-{split}/frame-{i:06d}.color.png"
+        path = dataset / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (48, 64, 3), dtype=np.uint8)).resize((320, 240)).save(path)
+        quaternion = random.standard_normal(4)
+        pose = [*random.standard_normal(3), *(quaternion / np.linalg.norm(quaternion))]
+        rows.append(",".join([scene, split, f"seq-{split}", name, *(f"{value:.7f}" for value in pose)]))
+    return rows
+
+
+def write_labels(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([COLUMNS, *rows]) + "\n")
+    return path
+
+
+def run_script(*arguments, cwd=ROOT, env=None):
+    """Run a script as a user does; returns the finished process."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True,
+                          stdin=subprocess.DEVNULL)
+
+
+def run_well(*arguments, **kwargs):
+    """Run a script that must succeed; returns what it printed."""
+    process = run_script(*arguments, **kwargs)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def weights_of(output):
+    """The weights that a training names in its last line."""
+    last = output.rstrip().splitlines()[-1]
+    assert last.startswith("Weights: "), last
+    return Path(last.removeprefix("Weights: "))

@@ -1,0 +1,197 @@
+"""Mistakes of a user's: one clear line, the last on stderr, exit status 2, and nothing written but the log."""
+import json
+import os
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_script, write_labels, write_scene
+
+from models import get_model
+from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
+
+SMALL = {"hidden_dim": 16, "num_scenes": 2, "dim_feedforward": 8, "nhead": 2, "backbone_type": "mobilenet",
+         **{f"num_{branch}_{part}_layers": 1 for branch in ("t", "rot") for part in ("encoder", "decoder")}}
+
+
+class MarksItsRun:
+    def __reduce__(self):
+        return os.mkdir, ("code-ran",)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a small layout, label files and weights, good and bad."""
+    root = tmp_path_factory.mktemp("bad")
+    rows = write_scene(root, "attic", 3, "train")
+    write_labels(root / "train.csv", rows)
+    test_rows = write_scene(root, "attic", 2, "test")
+    write_labels(root / "test.csv", test_rows)
+    write_labels(root / "shared.csv", [*rows, test_rows[0]])
+    write_labels(root / "no_image.csv", [rows[0], rows[1].replace("frame-000001", "frame-000009")])
+    write_labels(root / "unreadable.csv", [rows[0], rows[1].replace("frame-000001", "broken")])
+    (root / "attic/seq-train/broken.color.png").write_bytes((root / "attic/seq-train/frame-000001.color.png").read_bytes()[:300])
+    write_labels(root / "not_a_number.csv", [rows[0], rows[1].rsplit(",", 1)[0] + ",north"])
+    write_labels(root / "empty.csv", [])
+    (root / "no_column.csv").write_text((root / "train.csv").read_text().replace("q4", "q5"))
+    (root / "nothing.csv").write_text("")
+    write_labels(root / "three_scenes.csv", [row.replace("attic,", f"{scene},") for row, scene in zip(rows, "abc")])
+
+    write_labels(root / "lone_frame.csv", [rows[0], rows[1], rows[2].replace("attic,", "cellar,")])
+
+    section = {**SMALL, "batch_size": 2, "learnable": True, "s_x": 0, "s_q": 0, "norm": 2, "lr": 1e-3, "weight_decay": 0,
+               "eps": 1e-8, "lr_scheduler_step_size": 1, "lr_scheduler_gamma": 0.5, "n_epochs": 1}
+    config = {"general": {"n_freq_print": 1, "n_freq_checkpoint": 1, "n_workers": 0},
+              **{name: section for name in ("posenet", "ms-transposenet", "ems-transposenet")},
+              "presets": {"known": {"posenet": {}}, "wrong_names": {"scene_names": ["a", "b"], "ems-transposenet": {}}}}
+    (root / "config.json").write_text(json.dumps(config))
+    incomplete = {**config, "posenet": {key: value for key, value in section.items() if key != "lr"}}
+    (root / "incomplete.json").write_text(json.dumps(incomplete))
+    (root / "wrong_type.json").write_text(json.dumps({**config, "posenet": {**section, "n_epochs": "many"}}))
+    (root / "not_json.json").write_text("{")
+
+    for name in ("posenet", "ms-transposenet", "ems-transposenet"):
+        torch.save(get_model(name, "none", SMALL).state_dict(), root / f"{name}.pth")
+    torch.save(get_model("ems-transposenet", "none", {**SMALL, "num_scenes": 3}).state_dict(), root / "three_scenes.pth")
+    torch.save(PoseEncoder(16).state_dict(), root / "pae.pth")
+    torch.save(MultiScenePoseEncoder(16).state_dict(), root / "multi_pae.pth")
+    (root / "truncated.pth").write_bytes((root / "posenet.pth").read_bytes()[:5000])
+    (root / "text.pth").write_text("these are no weights\n")
+    (root / "empty.pth").write_bytes(b"")
+    torch.save({"weights": MarksItsRun()}, root / "hostile.pth")
+    torch.save({"weights": [1, 2]}, root / "not_tensors.pth")
+    damaged = torch.load(root / "posenet.pth")
+    del damaged["q_reg.bias"]
+    torch.save(damaged, root / "incomplete.pth")
+    return root
+
+
+def apr(model="posenet", mode="train", backbone="none", labels="train.csv", config="config.json", more=()):
+    return ["main.py", model, mode, backbone, ".", labels, config, *more]
+
+
+def test_apr(checkpoint, model="posenet", more=()):
+    return apr(model, "test", more=["--checkpoint_path", checkpoint, *more])
+
+
+test_apr.__test__ = False
+
+
+def pae(model="posenet", checkpoint="posenet.pth", mode="train", script="main_learn_pose_encoding.py", more=()):
+    return [script, model, mode, "none", ".", "train.csv", "config.json", checkpoint, *more]
+
+
+def refine(*more, mode="test", labels="test.csv", encoder="pae.pth", model="posenet"):
+    return ["main_refine_apr.py", model, mode, "none", ".", labels, "config.json", f"{model}.pth", encoder, *more]
+
+
+CASES = {
+    "missing image": (apr(labels="no_image.csv"), ["no_image.csv: row 3: image", "frame-000009.color.png does not exist"]),
+    "unreadable image": (apr(labels="unreadable.csv"), ["unreadable.csv: row 3: image", "broken.color.png cannot be read"]),
+    "unreadable image in a worker": (apr(labels="unreadable.csv", more=["--set", "n_workers=1"]),
+                                     ["unreadable.csv: row 3: image", "broken.color.png cannot be read"]),
+    "missing column": (apr(labels="no_column.csv"), ["no_column.csv: column 'q4' is missing", "t1,t2,t3,q1,q2,q3,q4"]),
+    "no number": (apr(labels="not_a_number.csv"), ["not_a_number.csv: row 3: q4 'north' is not a finite number"]),
+    "no rows": (apr(labels="empty.csv"), ["empty.csv: no rows"]),
+    "no header": (apr(labels="nothing.csv"), ["nothing.csv: not a readable label file"]),
+    "no label file": (apr(labels="absent.csv"), ["absent.csv: not a readable label file: No such file"]),
+    "a folder for a label file": (apr(labels="attic"), ["attic: not a readable label file"]),
+    "too many scenes": (apr("ems-transposenet", labels="three_scenes.csv"), ["three_scenes.csv: 3 scenes, but num_scenes is 2"]),
+    "unknown scene": (apr("ems-transposenet", more=["--preset", "wrong_names"]),
+                      ["train.csv: row 2: scene 'attic' is not among the scene_names a, b"]),
+    "checkpoint of another model": (test_apr("ems-transposenet.pth"),
+                                    ["ems-transposenet.pth: a checkpoint of ems-transposenet, but one of posenet is needed"]),
+    "ms checkpoint for ems": (test_apr("ms-transposenet.pth", "ems-transposenet"),
+                              ["a checkpoint of ms-transposenet, but one of ems-transposenet is needed"]),
+    "checkpoint of a PAE": (test_apr("pae.pth"), ["pae.pth: a checkpoint of single-scene PAE, but one of posenet is needed"]),
+    "checkpoint of other scenes": (test_apr("three_scenes.pth", "ems-transposenet"), ["num_scenes 3", "config says 2"]),
+    "incomplete checkpoint": (test_apr("incomplete.pth"), ["incomplete.pth: does not fit the model", "q_reg.bias"]),
+    "truncated checkpoint": (test_apr("truncated.pth"), ["truncated.pth: not a readable weights file"]),
+    "text for a checkpoint": (test_apr("text.pth"), ["text.pth: not a readable weights file"]),
+    "empty checkpoint": (test_apr("empty.pth"), ["empty.pth: not a readable weights file"]),
+    "absent checkpoint": (test_apr("absent.pth"), ["absent.pth: no such file"]),
+    "checkpoint without tensors": (test_apr("not_tensors.pth"), ["not_tensors.pth: not a state dict"]),
+    "checkpoint that runs code": (test_apr("hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
+    "backbone that runs code": (apr(backbone="hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
+    "backbone of another network": (apr(backbone="pae.pth"), ["pae.pth: not the weights of a mobilenet backbone"]),
+    "unknown backbone": (apr(backbone="resnet"), ["backbone 'resnet': no such file; give a weights file, 'imagenet' or 'none'"]),
+    "unknown backbone_type": (apr(more=["--set", "backbone_type=vgg"]), ["--set: backbone_type is \"vgg\"", "\"mobilenet\""]),
+    "unknown model": (apr("posenets"), ["unknown model 'posenets': choose posenet or ms-transposenet or ems-transposenet"]),
+    "unknown mode": (apr(mode="trian"), ["MODE", "'trian'"]),
+    "unknown preset": (apr(more=["--preset", "8Scenes"]), ["config.json: unknown preset '8Scenes'; the file has known"]),
+    "preset of another model": (apr(more=["--preset", "wrong_names"]), ["preset 'wrong_names' is not for posenet"]),
+    "unknown key": (apr(more=["--set", "n_epoch=3"]), ["unknown key 'n_epoch'; did you mean n_epochs?"]),
+    "no value": (apr(more=["--set", "n_epochs"]), ["--set n_epochs: not of the form key=value"]),
+    "value of a wrong type": (apr(more=["--set", "n_epochs=1.5"]), ["n_epochs is 1.5, but it must be a whole number"]),
+    "flag of a wrong type": (apr(more=["--set", "learnable=1"]), ["learnable is 1, but it must be true or false"]),
+    "wrong type in the file": (apr(config="wrong_type.json"), ["wrong_type.json: n_epochs is \"many\""]),
+    "missing key": (apr(config="incomplete.json"), ["incomplete.json", "required key 'lr' is missing"]),
+    "config that is not JSON": (apr(config="not_json.json"), ["not_json.json: not a readable JSON config"]),
+    "absent config": (apr(config="absent.json"), ["absent.json: not a readable JSON config"]),
+    "freeze for posenet": (apr(more=["--set", "freeze=true"]), ["freeze is for multi-scene models"]),
+    "seed": (apr(more=["--seed", "-1"]), ["--seed", "'-1' is not a whole number of at least 0"]),
+    "unknown device": (apr(more=["--device", "gpu"]), ["device 'gpu' is unknown: choose auto, cpu, cuda or cuda:N"]),
+    "absent device": (apr(more=["--device", "cuda:77"]), ["device 'cuda:77' is not here"]),
+    "test without weights": (apr(mode="test"), ["a test needs --checkpoint_path"]),
+    "predictions in training": (apr(more=["--predictions_path", "p.csv"]), ["--predictions_path is for testing"]),
+    "PAE of ms-transposenet": (pae("ms-transposenet", script="main_learn_multiscene_pose_encoding.py"),
+                               ["ms-transposenet returns no latents", "choose ems-transposenet"]),
+    "refiner of ms-transposenet": (refine(model="ms-transposenet"), ["ms-transposenet returns no latents"]),
+    "PAE test without weights": (pae(mode="test"), ["a test needs --encoder_checkpoint_path"]),
+    "PAE of the other kind": (pae(mode="test", more=["--encoder_checkpoint_path", "multi_pae.pth"]),
+                              ["multi_pae.pth: a checkpoint of multi-scene PAE, but one of single-scene PAE is needed"]),
+    "refiner test without references": (refine("--rpr_checkpoint_path", "refiner.pth"), ["a test needs --ref_poses_file"]),
+    "one frame to refine on": (refine(mode="train", labels="lone_frame.csv", model="ems-transposenet", encoder="multi_pae.pth"),
+                               ["lone_frame.csv: a scene with a single frame has no references"]),
+}
+
+
+@pytest.fixture
+def run_here(files, monkeypatch, capfd):
+    """Run a script in this process, which saves its imports, in the folder of `files`."""
+    monkeypatch.chdir(files)
+
+    def run(command):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        return stopped.value.code, capfd.readouterr().err
+    return run
+
+
+def listing(folder):
+    return {path for path in folder.rglob("*") if path.suffix != ".log" and path.name != "out"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_ends_in_one_clear_line(case, files, run_here):
+    command, words = CASES[case]
+    before = listing(files)
+    status, stderr = run_here(command)
+    last = stderr.rstrip().splitlines()[-1]
+    assert status == 2 and last.startswith(f"{command[0]}: error: ")
+    assert all(word in last for word in words), last
+    assert "Traceback" not in stderr
+    assert listing(files) == before
+
+
+def test_references_must_not_hold_the_answers(files, run_here):
+    from models.pose_refiner import PoseRefiner
+    torch.save(PoseRefiner(16).state_dict(), files / "refiner.pth")
+    for references, words in (("test.csv", "is the label file under test"), ("./test.csv", "is the label file under test"),
+                              ("shared.csv", "1 of its frames are among those under test")):
+        status, stderr = run_here(refine("--rpr_checkpoint_path", "refiner.pth", "--ref_poses_file", references))
+        assert status == 2 and words in stderr.rstrip().splitlines()[-1]
+
+
+def test_an_error_is_in_the_log_too_and_a_process_exits_with_2(files):
+    process = run_script(ROOT / "main.py", *apr(labels="empty.csv")[1:], "--output_dir", "one", cwd=files)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    [log] = (files / "one").iterdir()
+    assert "empty.csv: no rows" in log.read_text()
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(files, run_here):
+    status, stderr = run_here(apr(more=["--output_dir", "train.csv/out"]))
+    assert status == 2 and "--output_dir train.csv/out: cannot be written" in stderr.rstrip().splitlines()[-1]

@@ -1,0 +1,60 @@
+"""The published transform, and the published checkpoints on the real frames, frame by frame."""
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import MINI, PUBLISHED, ROOT, needs_real_frames, run_well
+
+from datasets.camera_poses import read_image, test_transform
+from datasets.labels import read_labels
+
+pytestmark = needs_real_frames
+APR = PUBLISHED / "posenet_mobilenet_apr.pth"
+PAE = PUBLISHED / "posenet_mobilenet_pose_encoder.pth"
+
+
+@pytest.fixture(scope="module")
+def test_labels(tmp_path_factory):
+    # The frames at hand are JPEG files; the published labels name the PNG files with the same pixels.
+    path = tmp_path_factory.mktemp("labels") / "test.csv"
+    path.write_text((MINI / "expected_test.csv").read_text().replace(".png", ".jpg"))
+    return path
+
+
+def test_transform_equals_the_published_one():
+    golden = np.load(ROOT / "tests" / "golden" / "test-transform.npz")
+    ours = test_transform()(read_image(MINI / "redkitchen" / "seq-01" / "frame-000000.color.jpg")).numpy()
+    assert np.abs(ours[:, golden["rows"]] - golden["frame"]).max() <= 0.02
+    assert np.abs(ours.mean(axis=(1, 2)) - golden["frame_mean"]).max() <= 0.02
+
+
+def errors_of(tmp_path, test_labels, script, *arguments):
+    predictions = tmp_path / "predictions.csv"
+    output = run_well(ROOT / script, "posenet", "eval", "none", MINI, test_labels, ROOT / "config.json", *arguments,
+                      "--preset", "7Scenes", "--set", "backbone_type=mobilenet", "--predictions_path", predictions,
+                      "--output_dir", tmp_path)
+    return output, pd.read_csv(predictions), pd.read_csv(PUBLISHED / "errors_test.csv")
+
+
+def test_the_published_apr_gives_its_published_errors(tmp_path, test_labels):
+    output, ours, published = errors_of(tmp_path, test_labels, "main.py", "--checkpoint_path", APR)
+    assert np.abs(ours["position_error_m"] - published["position_error_m"]).max() <= 1e-3
+    assert np.abs(ours["orientation_error_deg"] - published["orientation_error_deg"]).max() <= 0.02
+    assert "\nMedian pose error: 0.140[m], 4.731[deg]\n" in output
+    assert np.allclose(ours[["t1", "t2", "t3"]], published[["t1", "t2", "t3"]], atol=1e-3)
+    quaternions = published[["q1", "q2", "q3", "q4"]].to_numpy()
+    assert np.allclose(ours[["q1", "q2", "q3", "q4"]], quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True),
+                       atol=1e-4)
+
+
+def test_the_published_pae_gives_its_published_errors(tmp_path, test_labels):
+    output, ours, published = errors_of(tmp_path, test_labels, "main_learn_pose_encoding.py", APR,
+                                        "--encoder_checkpoint_path", PAE)
+    assert np.abs(ours["position_error_m"] - published["pae_position_error_m"]).max() <= 1e-3
+    assert np.abs(ours["orientation_error_deg"] - published["pae_orientation_error_deg"]).max() <= 0.02
+    assert "\nThe APR's own median: 0.140[m], 4.731[deg]\nMedian pose error: 0.162[m], 5.123[deg]\n" in output
+
+
+def test_published_label_files_are_read():
+    frames = {"7scenes_all_scenes": 26000, "cambridge_four_scenes": 3833, "abs_cambridge_pose_sorted.csv_GreatCourt_train": 1532}
+    for name, n_frames in frames.items():
+        assert len(read_labels(MINI.parent / "labels" / f"{name}.csv")) == n_frames

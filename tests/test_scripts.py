@@ -1,0 +1,204 @@
+"""The scripts as a user runs them, on small generated layouts."""
+import json
+import re
+import time
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, run_script, run_well, weights_of, write_labels, write_scene
+
+SCRIPTS = ("main.py", "main_learn_pose_encoding.py", "main_learn_multiscene_pose_encoding.py", "main_refine_apr.py")
+SMALL_TRANSFORMER = [f"num_{branch}_{part}_layers=1" for branch in ("t", "rot") for part in ("encoder", "decoder")]
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    """Two scenes of six frames, and label files of both and of each alone."""
+    root = tmp_path_factory.mktemp("layout")
+    rows = {scene: write_scene(root, scene, 6, "train") for scene in ("attic", "cellar")}
+    write_labels(root / "both.csv", rows["attic"] + rows["cellar"])
+    for scene in rows:
+        write_labels(root / f"{scene}.csv", rows[scene])
+        write_labels(root / f"{scene}_test.csv", write_scene(root, scene, 3, "test"))
+    return root
+
+
+def trained(output):
+    weights = weights_of(output)
+    about = json.loads(weights.with_suffix(".json").read_text())
+    return weights, about
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_answers_at_once_and_tells_all(script):
+    begin = time.perf_counter()
+    output = run_well(script, "-h")
+    assert time.perf_counter() - begin < 1
+    for word in ("MODEL", "BACKBONE", "DATASET", "LABELS", "CONFIG", "imagenet", "train or test", "--experiment",
+                 "(default: out)", "--preset", "--set", "auto, cpu, cuda or cuda:N", "(default: 0)", "--predictions_path"):
+        assert word in output
+    assert not re.search(r"^ +--\w+ [A-Z.=]+\n +--", output, flags=re.MULTILINE)  # an option without a word about it
+
+
+@pytest.fixture(scope="module")
+def posenet(layout, tmp_path_factory):
+    """The arguments of a posenet run and a training of it, two epochs, with two workers."""
+    def arguments(mode, labels, out="out"):
+        return ["posenet", mode, "none", layout, layout / labels, ROOT / "config.json", "--output_dir", layout / out,
+                "--set", "backbone_type=mobilenet", "hidden_dim=32", "n_epochs=2", "batch_size=4", "n_freq_checkpoint=1",
+                "n_workers=2"]
+    output = run_well("main.py", *arguments("train", "attic.csv"))
+    return arguments, output
+
+
+def test_training_writes_what_the_published_code_writes(posenet, layout):
+    arguments, output = posenet
+    weights, about = trained(output)
+    stem = re.fullmatch(r"(run_\d\d_\d\d_\d\d_\d\d_\d\d(?:_\d+)?)_final\.pth", weights.name)[1]
+    written = {path.name for path in weights.parent.glob(f"{stem}*")}
+    assert written == {f"{stem}.log", f"{stem}_loss_fig.png", *(
+        f"{stem}_{name}.{kind}" for name in ("checkpoint-1", "checkpoint-2", "final") for kind in ("pth", "json"))}
+    assert (weights.parent / f"{stem}_loss_fig.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^\[Batch-1/Epoch-2\] running camera pose loss: -?\d+\.\d{3}, camera pose error: \d+\.\d\d\[m\], "
+                     r"\d+\.\d\d\[deg\]$", output, flags=re.MULTILINE)
+    log = (weights.parent / f"{stem}.log").read_text()
+    assert all(line in log for line in output.splitlines())
+    assert about["model"] == "posenet" and about["scene_names"] == ["attic"] and about["seed"] == 0
+    assert about["config"]["n_epochs"] == 2 and about["labels_file"] == str(layout / "attic.csv")
+    assert not list(weights.parent.glob("*.part"))
+
+
+def test_a_seed_makes_a_training_repeatable(posenet):
+    arguments, output = posenet
+    first = torch.load(weights_of(output))
+    again, other = (torch.load(weights_of(run_well("main.py", *arguments("train", "attic.csv"), *seed)))
+                    for seed in ([], ["--seed", "1"]))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["x_reg.weight"], other["x_reg.weight"])
+
+
+def test_a_test_logs_and_writes_what_it_found(posenet, layout):
+    arguments, output = posenet
+    predictions = layout / "predictions.csv"
+    output = run_well("main.py", *arguments("eval", "attic_test.csv"), "--checkpoint_path", weights_of(output),
+                      "--predictions_path", predictions, "--experiment", "a note")
+    assert "Experiment details: a note" in output
+    table, labels = pd.read_csv(predictions), pd.read_csv(layout / "attic_test.csv")
+    assert list(table) == [*labels, "position_error_m", "orientation_error_deg"]
+    assert (table["img_path"] == labels["img_path"]).all()
+    pose, truth = (t[["t1", "t2", "t3", "q1", "q2", "q3", "q4"]].to_numpy() for t in (table, labels))
+    assert (pose[:, 3:] ** 2).sum(axis=1) == pytest.approx(1)
+    distance = ((pose[:, :3] - truth[:, :3]) ** 2).sum(axis=1) ** 0.5
+    assert table["position_error_m"].to_numpy() == pytest.approx(distance, abs=1e-5)
+    medians = "{:.3f}[m], {:.3f}[deg]".format(table["position_error_m"].median(), table["orientation_error_deg"].median())
+    lines = output.splitlines()
+    frames = [line for line in lines if re.fullmatch(r"Pose error: [\d.]+\[m\], [\d.]+\[deg\], inferred in [\d.]+\[ms\]", line)]
+    assert len(frames) == 3
+    at = lines.index(f"Median pose error: {medians}")
+    assert re.fullmatch(r"Mean inference time:\d+\.\d\d\[ms\]", lines[at + 1])
+    assert lines[at + 2].startswith("Mean pose error: ") and lines[at + 3].startswith("90th percentile: ")
+    assert [line.split(":")[0] for line in lines[at + 4:at + 8]] == [
+        f"Recall at {limits}" for limits in ("0.1 m/1 deg", "0.25 m/2 deg", "0.5 m/5 deg", "5 m/10 deg")]
+
+
+def test_published_config_files_load_as_they_are(posenet, layout):
+    config = {"general": {"n_freq_print": 5, "n_freq_checkpoint": 2, "n_workers": 0, "device_id": "cuda:0", "n_epochs": 1},
+              "posenet": {"learnable": True, "s_x": 0.0, "s_q": -3.0, "norm": 2, "lr": 1e-4, "batch_size": 8,
+                          "lr_scheduler_gamma": 0.1, "lr_scheduler_step_size": 10, "weight_decay": 1e-4, "eps": 1e-10,
+                          "n_epochs": 30, "hidden_dim": 16, "backbone_type": "mobilenet", "nheads": 4, "latent_dim": 1024}}
+    (layout / "published.json").write_text(json.dumps(config))
+    output = run_well("main.py", "posenet", "train", "none", layout, layout / "attic.csv", layout / "published.json",
+                      "--output_dir", layout / "published")
+    assert "Epoch-1]" in output and "Epoch-2]" not in output  # general wins over the section in published files
+    assert output.count("nheads is ignored") == 1 and "nothing reads: latent_dim" in output
+    assert "No CUDA device here" in output or torch.cuda.is_available()
+
+
+def test_two_runs_in_a_minute_keep_apart(layout):
+    def attempt():
+        return run_script("main.py", "posenet", "test", "none", layout, layout / "attic.csv", ROOT / "config.json",
+                          "--output_dir", layout / "twice")
+    attempt(), attempt()
+    assert len(list((layout / "twice").glob("run_*.log"))) == 2
+
+
+def test_multi_scene_models_train_and_test_on_two_scenes(layout):
+    def arguments(model, mode, labels, *more):
+        return [model, mode, "none", layout, layout / labels, ROOT / "config.json", *more, "--output_dir", layout / "ms",
+                "--set", "num_scenes=2", "n_epochs=1", "n_workers=0", "batch_size=6", *SMALL_TRANSFORMER]
+
+    apr, about = trained(run_well("main.py", *arguments("ems-transposenet", "train", "both.csv"), "equalize_scenes=true",
+                                  "n_epochs=2"))
+    assert about["scene_names"] == ["attic", "cellar"]
+    # The scene classifier is set to the second scene, so that every frame of it is rightly classified.
+    weights = torch.load(apr)
+    weights["query_embed_t.weight"][0] = 0
+    torch.save(weights, apr)
+
+    def scenes_of(script, labels, *more, out):
+        output = run_well(script, *arguments("ems-transposenet", "test", labels, *more), "--predictions_path", layout / out)
+        return output, pd.read_csv(layout / out)
+
+    # One scene alone is still scene 1 of the model; the names come from the JSON beside the weights.
+    output, both = scenes_of("main.py", "both.csv", out="both_predicted.csv", *["--checkpoint_path", apr])
+    output, alone = scenes_of("main.py", "cellar.csv", out="alone_predicted.csv", *["--checkpoint_path", apr])
+    assert alone["predicted_scene"].tolist() == both["predicted_scene"].tolist()[6:]
+    accuracy = 100 * (alone["predicted_scene"] == "cellar").mean()
+    assert f"Scene accuracy: {accuracy:.1f}%" in output
+    assert "Scene cellar (index 1): 6 frames, median " in output
+
+    pae, about = trained(run_well("main_learn_multiscene_pose_encoding.py",
+                                  *arguments("ems-transposenet", "train", "both.csv", apr)))
+    assert pae.name.endswith("_pose_encoder_final.pth") and about["scene_names"] == ["attic", "cellar"]
+    output, table = scenes_of("main_learn_multiscene_pose_encoding.py", "cellar.csv", apr, "--encoder_checkpoint_path", pae,
+                              out="pae_predicted.csv")
+    assert table["predicted_scene"].tolist() == alone["predicted_scene"].tolist()
+    assert f"The APR's own median: " in output and "Scene cellar (index 1): 6 frames" in output
+
+    refiner = weights_of(run_well("main_refine_apr.py", *arguments("ems-transposenet", "train", "both.csv", apr, pae)))
+    assert refiner.name.endswith("_rpr_final.pth")
+    output, table = scenes_of("main_refine_apr.py", "cellar_test.csv", apr, pae, "--rpr_checkpoint_path", refiner,
+                              "--ref_poses_file", layout / "both.csv", out="refined.csv")
+    assert "The APR's own median: " in output and len(table) == 3
+    # References of the other scene alone: frames predicted in this one keep the APR's pose.
+    references = "attic.csv" if table["predicted_scene"].iloc[0] == "cellar" else "cellar.csv"
+    output, table = scenes_of("main_refine_apr.py", "cellar_test.csv", apr, pae, "--rpr_checkpoint_path", refiner,
+                              "--ref_poses_file", layout / references, "--set", "scene_names=[\"attic\", \"cellar\"]",
+                              out="unrefined.csv")
+    apr_table = scenes_of("main.py", "cellar_test.csv", "--checkpoint_path", apr, out="apr.csv")[1]
+    assert "frames keep the APR's pose" in output
+    assert table.loc[0, "t1":"q4"].tolist() == pytest.approx(apr_table.loc[0, "t1":"q4"].tolist(), abs=1e-5)
+
+    # ms-transposenet, and fine-tuning with all but a part frozen, from a checkpoint.
+    ms = weights_of(run_well("main.py", *arguments("ms-transposenet", "train", "both.csv")))
+    tuned = weights_of(run_well("main.py", *arguments("ms-transposenet", "train", "both.csv", "--checkpoint_path", ms),
+                                "freeze=true", 'freeze_exclude_phrase=["regressor_head_t", "transformer_t"]', "learnable=false",
+                                "s_x=1", "s_q=0"))
+    before, after = torch.load(ms), torch.load(tuned)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith("regressor_head_t.") for key in changed)
+
+
+def test_latents_are_computed_once_and_a_pae_and_a_refiner_train(posenet, layout):
+    arguments, output = posenet
+    apr = weights_of(output)
+
+    def train(script, *more):
+        begin = time.perf_counter()
+        listed = arguments("train", "attic.csv")
+        output = run_well(script, *listed[:6], apr, *more, *listed[6:], "n_epochs=150", "n_freq_checkpoint=1000")
+        losses = [float(loss) for loss in re.findall(r"running camera pose loss: (-?[\d.]+)", output)]
+        return output, losses, time.perf_counter() - begin
+
+    output, losses, _ = train("main_learn_pose_encoding.py")
+    assert losses[-1] < losses[0] - 1
+    pae = weights_of(output)
+    assert torch.load(pae)._metadata[""]["version"] == 2
+    output, losses, _ = train("main_refine_apr.py", pae)
+    assert losses[-1] < losses[0] - 1
+    refiner = weights_of(output)
+    listed = arguments("test", "attic_test.csv")
+    output = run_well("main_refine_apr.py", *listed[:6], apr, pae, *listed[6:], "--rpr_checkpoint_path", refiner,
+                      "--ref_poses_file", layout / "attic.csv")
+    assert re.search(r"^The APR's own median: .*\nMedian pose error: ", output, flags=re.MULTILINE)

@@ -1,0 +1,188 @@
+"""Backbone weights and checkpoints: what is read, what is refused, and that no code of a file runs."""
+import hashlib
+import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import torchvision
+from efficientnet_pytorch import EfficientNet
+
+from models import APR_NAMES, backbones, build_pose_encoder, get_model, load_apr
+from models.checkpoints import read_about, read_module_tensors, read_weights, save_weights
+from models.pose_encoder import PoseEncoder
+from util.errors import UserError
+
+BACKBONES = {"efficientnet": lambda: EfficientNet.from_name("efficientnet-b0"), "resnet50": torchvision.models.resnet50,
+             "mobilenet": torchvision.models.mobilenet_v2}
+SMALL = {"hidden_dim": 16, "num_scenes": 3, "dim_feedforward": 8, "nhead": 2,
+         **{f"num_{branch}_{part}_layers": 2 for branch in ("t", "rot") for part in ("encoder", "decoder")}}
+
+
+def posenet(backbone_type, path="none"):
+    return get_model("posenet", path, {"backbone_type": backbone_type, "hidden_dim": 8})
+
+
+def assert_backbone_equals(model, network):
+    """Every tensor of the network but its classifier's is in the model's backbone, in order."""
+    ours, theirs = ([tensor for key, tensor in module.state_dict().items() if not key.startswith(("_fc.", "fc.", "classifier."))]
+                    for module in (model.backbone, network))
+    assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("backbone_type", BACKBONES)
+def test_a_library_state_dict_fills_the_backbone(tmp_path, backbone_type):
+    network = BACKBONES[backbone_type]()
+    torch.save(network.state_dict(), tmp_path / "backbone.pth")
+    assert_backbone_equals(posenet(backbone_type, tmp_path / "backbone.pth"), network)
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+def test_the_published_pickled_module_is_read_in_both_formats(tmp_path, zip_format):
+    network = BACKBONES["efficientnet"]()
+    torch.save(network, tmp_path / "efficient-net-b0.pth", _use_new_zipfile_serialization=zip_format)
+    model = posenet("efficientnet", tmp_path / "efficient-net-b0.pth")
+    assert all(map(torch.equal, model.backbone._blocks.state_dict().values(), network._blocks.state_dict().values()))
+    body = get_model("ems-transposenet", tmp_path / "efficient-net-b0.pth", SMALL).backbone[0].body
+    assert torch.equal(body._conv_stem.weight, network._conv_stem.weight)
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.parametrize("zip_format", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_code_in_a_file_never_runs(tmp_path, zip_format, inside):
+    marker = tmp_path / "code-ran"
+    if inside:  # within an otherwise genuine module, which the reader follows further
+        loaded = BACKBONES["efficientnet"]()
+        loaded._conv_stem.extra = Hostile(marker)
+    else:
+        loaded = Hostile(marker)
+    torch.save(loaded, tmp_path / "hostile.pth", _use_new_zipfile_serialization=zip_format)
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(marker)))
+    for read in (read_weights, read_module_tensors):
+        for name in ("hostile.pth", "plain.pth"):
+            with pytest.raises(UserError, match=name):
+                read(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    torch.save(BACKBONES["mobilenet"]().state_dict(), tmp_path / "mobilenet.pth")
+    with pytest.raises(UserError, match="mobilenet.pth: not the weights of a resnet50 backbone: it lacks"):
+        posenet("resnet50", tmp_path / "mobilenet.pth")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local server of a folder; yields the folder and its URL."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=folder)
+    handler.log_message = None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize("backbone_type", BACKBONES)
+def test_imagenet_weights_are_downloaded_and_verified(tmp_path, monkeypatch, server, backbone_type):
+    folder, url = server
+    network = BACKBONES[backbone_type]()
+    torch.save(network.state_dict(), folder / "weights.pth")
+    digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()[:8]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    # A file whose name promises other contents, as after a damaged download, then the genuine one.
+    (folder / "backbone-00000000.pth").write_bytes((folder / "weights.pth").read_bytes())
+    (folder / "weights.pth").rename(folder / f"backbone-{digest}.pth")
+    for name, right in (("backbone-00000000.pth", False), (f"backbone-{digest}.pth", True), ("gone-00000000.pth", False)):
+        monkeypatch.setitem(backbones._IMAGENET_URLS, backbone_type, f"{url}/{name}")
+        if right:
+            assert_backbone_equals(posenet(backbone_type, "imagenet"), network)
+        else:
+            with pytest.raises(UserError, match=f"imagenet: {url}/{name} could not be downloaded"):
+                posenet(backbone_type, "imagenet")
+
+
+def config_for(model_name, **changes):
+    return {**SMALL, "backbone_type": "mobilenet", **changes} if model_name == "posenet" else {**SMALL, **changes}
+
+
+@pytest.mark.parametrize("model_name", APR_NAMES)
+def test_a_checkpoint_comes_back(tmp_path, model_name):
+    model = get_model(model_name, "none", config_for(model_name)).eval()
+    save_weights(tmp_path / "apr.pth", model.state_dict(), {"scene_names": ["a", "b", "c"]})
+    again = load_apr(model_name, "none", config_for(model_name), tmp_path / "apr.pth").eval()
+    img = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(model({"img": img, "scene": None})["pose"], again({"img": img, "scene": None})["pose"])
+    assert read_about(tmp_path / "apr.pth") == {"scene_names": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize("model_name, changes, problem", [
+    ("posenet", {"backbone_type": "resnet50"}, "backbone_type 'mobilenet', but the config says 'resnet50'"),
+    ("posenet", {"hidden_dim": 8}, "hidden_dim 16, but the config says 8"),
+    ("ems-transposenet", {"num_scenes": 4}, "num_scenes 3, but the config says 4"),
+    ("ems-transposenet", {"dim_feedforward": 9}, "dim_feedforward 8, but the config says 9"),
+    ("ms-transposenet", {"num_scenes": 7}, "num_scenes 3, but the config says 7"),
+])
+def test_what_tensors_determine_is_checked_against_the_config(tmp_path, model_name, changes, problem):
+    torch.save(get_model(model_name, "none", config_for(model_name)).state_dict(), tmp_path / "apr.pth")
+    with pytest.raises(UserError, match=f"apr.pth: .*{problem}"):
+        load_apr(model_name, "none", config_for(model_name, **changes), tmp_path / "apr.pth")
+
+
+def test_the_checkpoints_layers_win(tmp_path, caplog):
+    caplog.set_level("INFO")
+    torch.save(get_model("ems-transposenet", "none", {**SMALL, "num_rot_encoder_layers": 1}).state_dict(), tmp_path / "apr.pth")
+    apr = load_apr("ems-transposenet", "none", dict(SMALL), tmp_path / "apr.pth")
+    assert len(apr.transformer_rot.encoder.layers) == 1 and len(apr.transformer_t.encoder.layers) == 2
+    assert [r.getMessage() for r in caplog.records if "num_rot_encoder_layers 2 -> 1" in r.getMessage()]
+
+
+def test_heads_are_8_unless_nhead_says_otherwise():
+    config = {**SMALL, "nheads": 4}
+    del config["nhead"]
+    assert get_model("ems-transposenet", "none", config).transformer_t.encoder.layers[0].self_attn.num_heads == 8
+    assert get_model("ems-transposenet", "none", SMALL).transformer_t.encoder.layers[0].self_attn.num_heads == 2
+
+
+@pytest.mark.parametrize("model_name, built, config, problem", [
+    ("posenet", {"shallow_mlp": True}, {}, "shallow_mlp True, but the config says False"),
+    ("posenet", {"apply_positional_encoding": False}, {}, "apply_positional_encoding False, but the config says True"),
+    ("posenet", {}, {"hidden_dim": 32}, "hidden_dim 16, but the config says 32"),
+    ("ems-transposenet", {}, {}, "a checkpoint of single-scene PAE, but one of multi-scene PAE is needed"),
+])
+def test_a_pae_is_checked_against_the_config(tmp_path, model_name, built, config, problem):
+    torch.save(PoseEncoder(16, **built).state_dict(), tmp_path / "pae.pth")
+    with pytest.raises(UserError, match=problem):
+        build_pose_encoder(model_name, {"hidden_dim": 16, "apply_positional_encoding": True, "shallow_mlp": False, **config},
+                           tmp_path / "pae.pth")
+
+
+def test_a_published_pae_gets_the_raw_estimate_and_ours_a_unit_quaternion(tmp_path):
+    pose = torch.randn(4, 7)
+    scaled = torch.cat((pose[:, :3], 45 * pose[:, 3:]), dim=1)
+    ours = PoseEncoder(8)
+    torch.save(ours.state_dict(), tmp_path / "ours.pth")
+    published = ours.state_dict()
+    published._metadata[""]["version"] = 1  # what PyTorch writes for a module that says nothing
+    torch.save(published, tmp_path / "published.pth")
+    torch.save(dict(ours.state_dict()), tmp_path / "without_metadata.pth")
+    for name, normalises in (("ours", True), ("published", False), ("without_metadata", False)):
+        encoder = build_pose_encoder("posenet", {"hidden_dim": 8}, tmp_path / f"{name}.pth")
+        for _ in range(2):  # a PAE that is saved again stays what it is
+            assert encoder.takes_unit_quaternions == normalises
+            with torch.no_grad():
+                assert torch.allclose(encoder(pose)[1], encoder(scaled)[1], atol=1e-5) == normalises
+            torch.save(encoder.state_dict(), tmp_path / "again.pth")
+            encoder = build_pose_encoder("posenet", {"hidden_dim": 8}, tmp_path / "again.pth")
