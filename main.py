@@ -1,6 +1,4 @@
 """Train or test an absolute pose regressor (APR)."""
-import logging
-
 from models import APR_NAMES
 from util import cli
 
@@ -32,16 +30,19 @@ def main():
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 
     apr = load_apr(args.model_name, args.backbone_path, config, args.checkpoint_path).to(run.device)
-    names = scene_names_of(config, args.checkpoint_path)
+    names = scene_names_of(args.model_name, config, args.checkpoint_path)
 
     if args.mode == "train":
         transform = test_transform() if config.get("no_augment", False) else train_transform()
         dataset = CameraPoseDataset(args.dataset_path, args.labels_file, transform, config.get("equalize_scenes", False),
                                     names, run.seed)
         if multi_scene:
-            dataset.require_scenes(config["num_scenes"])
+            dataset.require_scenes(config["num_scenes"], order_known=names is not None or args.checkpoint_path is None)
         if freeze:
             freeze_all_but(apr, config["freeze_exclude_phrase"])
+            if not any(p.requires_grad for name, p in apr.named_parameters() if name.startswith("regressor_head")):
+                raise UserError(f"freeze_exclude_phrase {config['freeze_exclude_phrase']!r} leaves no head to train: one "
+                                "of the phrases must be in names such as regressor_head_t.fc_h.weight")
         pose_loss = CameraPoseLoss(config).to(run.device)
 
         def step(batch):

@@ -9,7 +9,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     parser.add_argument("--encoder_checkpoint_path", metavar="FILE.pth",
                         help="the PAE's weights to start from in training, to test in testing (default: none in training)")
     args = parser.parse_args()
-    run = cli.start(args, "_pose_encoder", "pose_encoder")
+    run = cli.start(args, "_pose_encoder", ("pose_encoder",))
 
     import torch.nn.functional as F
 
@@ -28,7 +28,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     apr = load_apr(args.model_name, args.backbone_path, config, args.apr_checkpoint_path).to(run.device)
     encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
     freeze(apr)
-    names = scene_names_of(config, args.apr_checkpoint_path)
+    names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
 
     if args.mode == "train":

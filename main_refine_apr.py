@@ -16,13 +16,13 @@ def main():
     parser.add_argument("--ref_poses_file", metavar="TRAIN.csv",
                         help="the training labels that reference poses come from in testing (default: none; required there)")
     args = parser.parse_args()
-    run = cli.start(args, "_rpr", "refiner")
+    run = cli.start(args, "_rpr", ("pose_encoder", "refiner"))
 
     import torch
 
     from datasets.camera_poses import CameraPoseDataset, epoch_generator, test_batches, test_transform
     from models import build_pose_encoder, load_apr
-    from models.checkpoints import check_weights, fill, read_weights
+    from models.checkpoints import fill, read_checkpoint
     from models.pose_refiner import PoseRefiner
     from util import engine
     from util.errors import UserError
@@ -45,16 +45,14 @@ def main():
                      "references'; a PAE trained with main_learn_*pose_encoding.py has", args.encoder_checkpoint_path)
     refiner = PoseRefiner(config["hidden_dim"]).to(run.device)
     if args.rpr_checkpoint_path is not None:
-        weights = read_weights(args.rpr_checkpoint_path)
-        check_weights(args.rpr_checkpoint_path, weights, "refiner", config)
-        fill(args.rpr_checkpoint_path, refiner, weights)
+        fill(args.rpr_checkpoint_path, refiner, read_checkpoint(args.rpr_checkpoint_path, "refiner", config))
     freeze(apr, encoder)
-    names = scene_names_of(config, args.apr_checkpoint_path)
+    names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
 
     if args.mode == "train":
         if multi_scene:
-            dataset.require_scenes(config["num_scenes"])
+            dataset.require_scenes(config["num_scenes"], order_known=names is not None)
         latents = compute_latents(apr, dataset, config, run.device)
         poses, scenes = latents["pose"], torch.tensor(dataset.scenes if multi_scene else 0 * dataset.scenes).to(run.device)
         reference_latents = torch.cat(encoder(poses, scenes), dim=1)

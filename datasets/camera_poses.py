@@ -64,14 +64,20 @@ class CameraPoseDataset(Dataset):
             lacking = frames.max() - frames
             self.scene_probabilities = lacking / max(lacking.sum(), 1)
 
-    def require_scenes(self, num_scenes):
-        """Raise UserError unless every frame is of a scene that a model of `num_scenes` scenes can learn."""
+    def require_scenes(self, num_scenes, order_known):
+        """Raise UserError unless every frame has a scene index of a model of `num_scenes` scenes.
+
+        order_known: False for a model that has its scenes already, where the label file's need not be the same.
+        """
         if (self.scenes < 0).any():
             row = int(np.argmax(self.scenes < 0))
             raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: scene '{self.labels['scene'][row]}' is not "
                             f"among the scene_names {', '.join(self.scene_names)}")
         if self.scenes.max() >= num_scenes:
             raise UserError(f"{self.labels_file}: {len(self.scene_names)} scenes, but num_scenes is {num_scenes}")
+        if not order_known and len(self.scene_names) != num_scenes:
+            raise UserError(f"{self.labels_file}: {len(self.scene_names)} scenes, but the model has {num_scenes}: their order "
+                            f"is not known; give --preset or scene_names")
 
     def __len__(self):
         return self.size
@@ -89,7 +95,7 @@ class CameraPoseDataset(Dataset):
         except UserError as error:
             raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, epoch, position))
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, position))  # the CPU's alone
             image = self.transform(image)
         return {"img": image, "pose": self.poses[row], "scene": int(self.scenes[row])}
 
@@ -155,4 +161,5 @@ def _loader(dataset, batch_size, n_workers, sampler):
     # More workers than cores only take turns.
     n_workers = min(n_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=n_workers, persistent_workers=n_workers > 0,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_available(),
+                      generator=torch.Generator())  # not the global one, which would tell the number of workers

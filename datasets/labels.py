@@ -24,13 +24,16 @@ def read_labels(path):
     """
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows longer than the header
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False).fillna("")
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                table = pd.read_csv(file, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False).fillna("")
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
         raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
     table = table.rename(columns=str.strip)
     missing = [column for column in COLUMNS if column not in table]
     if missing:
         raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(COLUMNS)}")
+    if table.columns.duplicated().any():
+        raise UserError(f"{path}: column '{table.columns[table.columns.duplicated()][0]}' is there twice")
     table = table[COLUMNS].assign(row=np.arange(len(table)) + 2)
     table = table[(table[COLUMNS] != "").any(axis=1)].reset_index(drop=True)
     if table.empty:
@@ -40,9 +43,10 @@ def read_labels(path):
         _refuse(path, table, column, table[column].str.strip() == "", "is empty")
     for column in POSE_COLUMNS:
         numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
-        _refuse(path, table, column, ~np.isfinite(numbers), "is not a finite number")
+        _refuse(path, table, column, ~(np.abs(numbers) < 1e30), "is not a finite number")
         table[column] = numbers
-    _refuse(path, table, "q1", (table[POSE_COLUMNS[3:]] == 0).all(axis=1), "and q2, q3, q4 are 0: no orientation")
+    zero = (np.abs(table[POSE_COLUMNS[3:]]) < 1e-30).all(axis=1)
+    _refuse(path, table, "q1", zero, "and q2, q3, q4 are 0: no orientation")
     outside = [PurePath(p).is_absolute() or ".." in PurePath(p).parts for p in table["img_path"]]
     _refuse(path, table, "img_path", np.array(outside), "leaves the dataset's folder")
     return table

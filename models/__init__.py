@@ -39,21 +39,19 @@ def load_apr(model_name, backbone_path, config, checkpoint_path=None):
     import logging
 
     from models.backbones import check_backbone_path
-    from models.checkpoints import check_weights, describe, fill, read_weights
+    from models.checkpoints import describe, fill, read_checkpoint
 
     if checkpoint_path is None:
         return get_model(model_name, backbone_path, config)
     check_backbone_path(backbone_path)
-    weights = read_weights(checkpoint_path)
+    weights = read_checkpoint(checkpoint_path, model_name, config)
     layers = {key: value for key, value in describe(weights).items() if key.endswith("_layers")}
     differing = [f"{key} {config.get(key)} -> {value}" for key, value in layers.items() if config.get(key) != value]
     if differing:
         logging.info("Layers as in %s, not as in the config: %s", checkpoint_path, ", ".join(differing))
     config.update(layers)
-    check_weights(checkpoint_path, weights, model_name, config)
     model = get_model(model_name, "none", config)
     fill(checkpoint_path, model, weights)
-    logging.info("Initializing from checkpoint: %s", checkpoint_path)
     return model
 
 
@@ -62,20 +60,15 @@ def build_pose_encoder(model_name, config, checkpoint_path=None):
 
     Raises UserError where what the checkpoint's tensors determine disagrees with the config.
     """
-    import logging
-
-    from models.checkpoints import check_weights, fill, read_weights
+    from models.checkpoints import fill, read_checkpoint
     from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
 
-    shallow_mlp = config.get("shallow_mlp", False)
+    config = {"shallow_mlp": False, "apply_positional_encoding": True, **config}
     if model_name in MULTI_SCENE_APRS:
-        kind, encoder = "multi-scene PAE", MultiScenePoseEncoder(config["hidden_dim"], shallow_mlp)
+        kind, encoder = "multi-scene PAE", MultiScenePoseEncoder(config["hidden_dim"], config["shallow_mlp"])
     else:
         kind = "single-scene PAE"
-        encoder = PoseEncoder(config["hidden_dim"], config.get("apply_positional_encoding", True), shallow_mlp)
+        encoder = PoseEncoder(config["hidden_dim"], config["apply_positional_encoding"], config["shallow_mlp"])
     if checkpoint_path is not None:
-        weights = read_weights(checkpoint_path)
-        check_weights(checkpoint_path, weights, kind, config)
-        fill(checkpoint_path, encoder, weights)
-        logging.info("Initializing encoder from checkpoint: %s", checkpoint_path)
+        fill(checkpoint_path, encoder, read_checkpoint(checkpoint_path, kind, config))
     return encoder

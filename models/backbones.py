@@ -5,7 +5,6 @@ without the classifier, EfficientNet-B0 is efficientnet-pytorch's whole network.
 """
 import os
 import sys
-import urllib.error
 
 import torch
 import torchvision
@@ -18,8 +17,8 @@ from util.errors import UserError
 
 # type: feature channels
 FEATURES = {"efficientnet": 1280, "resnet50": 2048, "mobilenet": 1280}
-# EfficientNet-B0 endpoint: (blocks up to it, channels); it has 1/2, 1/4, 1/8, 1/16 of the image's resolution
-ENDPOINTS = {"reduction_1": (1, 16), "reduction_2": (3, 24), "reduction_3": (5, 40), "reduction_4": (11, 112)}
+# EfficientNet-B0 endpoint: (blocks up to it, channels); 1/8 and 1/16 of the image's resolution
+ENDPOINTS = {"reduction_3": (5, 40), "reduction_4": (11, 112)}
 
 _BUILDERS = {
     "efficientnet": lambda: EfficientNet.from_name("efficientnet-b0"),
@@ -101,8 +100,9 @@ def _download(url):
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True,
                                                   weights_only=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise UserError(f"imagenet: {url} could not be downloaded ({error}); give a weights file or 'none'") from error
+    except Exception as error:  # the network's, the hash's, or a damaged file's in the cache
+        raise UserError(f"imagenet: {url} could not be downloaded, or its copy under {torch.hub.get_dir()} is damaged "
+                        f"({error}); give a weights file or 'none'") from error
 
 
 def _fill(network, tensors, backbone_type, source):

@@ -1,5 +1,6 @@
 """Reading and writing weights. Reading never runs code from the file, and only tensors come of it."""
 import json
+import logging
 import os
 import pickle
 import re
@@ -125,7 +126,7 @@ def read_about(path):
         return {}
     try:
         about = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from error
     if not isinstance(about, dict):
         raise UserError(f"{path}: not a JSON object; mend it or remove it")
@@ -134,6 +135,13 @@ def read_about(path):
 
 def describe(weights):
     """What the tensors of a checkpoint determine: {'kind': a model's name, config key: value, ...}, {} if unknown."""
+    try:
+        return _describe(weights)
+    except (KeyError, IndexError, ValueError, TypeError):  # the names of a model with other tensors
+        return {}
+
+
+def _describe(weights):
     if "x_latent_fc.weight" in weights:
         backbone_type = ("efficientnet" if "backbone._conv_stem.weight" in weights else
                          "mobilenet" if "backbone.0.0.0.weight" in weights else "resnet50")
@@ -162,15 +170,18 @@ def describe(weights):
     return {}
 
 
-def check_weights(path, weights, kind, config):
-    """Raise UserError, naming both values, unless a checkpoint is of the given kind and agrees with the config."""
+def read_checkpoint(path, kind, config):
+    """Read a state dict of the given kind. Raises UserError, naming both values, where what its tensors determine
+    disagrees with the config, but for numbers of layers."""
+    weights = read_weights(path)
     found = describe(weights)
     if found.get("kind") != kind:
         holds = f"a checkpoint of {found['kind']}" if found else "weights of no model known here"
         raise UserError(f"{path}: {holds}, but one of {kind} is needed")
     for key, value in found.items():
-        if key != "kind" and key in config and config[key] != value:
+        if key != "kind" and not key.endswith("_layers") and key in config and config[key] != value:
             raise UserError(f"{path}: the checkpoint has {key} {value!r}, but the config says {config[key]!r}")
+    return weights
 
 
 def fill(path, module, weights):
@@ -180,3 +191,4 @@ def fill(path, module, weights):
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{path}: does not fit the model: {first[:200]}") from error
+    logging.info("Initializing from checkpoint: %s", path)

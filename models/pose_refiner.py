@@ -12,7 +12,7 @@ class PoseRefiner(nn.Module):
 
     Latents are position and orientation concatenated; the query's are the APR's, the reference's the PAE's. The network
     regresses the translation from the reference to the query and the rotation that is applied after the reference's;
-    untrained, it returns about the reference. The pose's quaternion is unit, scalar first.
+    untrained, it returns the reference. The pose's quaternion is unit, scalar first.
     """
 
     def __init__(self, latent_dim):
@@ -20,11 +20,11 @@ class PoseRefiner(nn.Module):
         self.hidden = nn.Sequential(nn.Linear(4 * latent_dim, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU())
         self.x_reg = nn.Linear(256, 3)
         self.q_reg = nn.Linear(256, 4)
-        for linear in (self.hidden[0], self.hidden[2], self.x_reg, self.q_reg):
+        for linear in (self.hidden[0], self.hidden[2]):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
-        with torch.no_grad():
-            self.q_reg.bias[0] = 1.0
+        for parameter in (*self.x_reg.parameters(), *self.q_reg.parameters()):
+            nn.init.zeros_(parameter)
+        nn.init.ones_(self.q_reg.bias[:1])
 
     def forward(self, query_latents, reference_latents, reference_pose):
         hidden = self.hidden(torch.cat((query_latents, reference_latents), dim=1))

@@ -1,4 +1,7 @@
 """What the tests share: small layouts of frames, and running the scripts."""
+import contextlib
+import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +51,14 @@ def run_well(*arguments, **kwargs):
     process = run_script(*arguments, **kwargs)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
+
+
+def run_here(script, *arguments):
+    """Run a script within this process, which saves its imports; returns what it printed."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return output.getvalue()
 
 
 def weights_of(output):

@@ -1,12 +1,10 @@
 """Mistakes of a user's: one clear line, the last on stderr, exit status 2, and nothing written but the log."""
 import json
 import os
-import runpy
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script, write_labels, write_scene
+from conftest import ROOT, run_here, run_script, write_labels, write_scene
 
 from models import get_model
 from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
@@ -49,6 +47,7 @@ def files(tmp_path_factory):
     incomplete = {**config, "posenet": {key: value for key, value in section.items() if key != "lr"}}
     (root / "incomplete.json").write_text(json.dumps(incomplete))
     (root / "wrong_type.json").write_text(json.dumps({**config, "posenet": {**section, "n_epochs": "many"}}))
+    (root / "odd.json").write_text(json.dumps({**config, "presets": {"text": "posenet", "nothing": {"posenet": 3}}}))
     (root / "not_json.json").write_text("{")
 
     for name in ("posenet", "ms-transposenet", "ems-transposenet"):
@@ -60,6 +59,7 @@ def files(tmp_path_factory):
     (root / "text.pth").write_text("these are no weights\n")
     (root / "empty.pth").write_bytes(b"")
     torch.save({"weights": MarksItsRun()}, root / "hostile.pth")
+    torch.save({"x_encoder.0.weight": torch.zeros(64, 39)}, root / "odd.pth")
     torch.save({"weights": [1, 2]}, root / "not_tensors.pth")
     damaged = torch.load(root / "posenet.pth")
     del damaged["q_reg.bias"]
@@ -112,6 +112,7 @@ CASES = {
     "empty checkpoint": (test_apr("empty.pth"), ["empty.pth: not a readable weights file"]),
     "absent checkpoint": (test_apr("absent.pth"), ["absent.pth: no such file"]),
     "checkpoint without tensors": (test_apr("not_tensors.pth"), ["not_tensors.pth: not a state dict"]),
+    "checkpoint of odd tensors": (test_apr("odd.pth"), ["odd.pth: weights of no model known here"]),
     "checkpoint that runs code": (test_apr("hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
     "backbone that runs code": (apr(backbone="hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
     "backbone of another network": (apr(backbone="pae.pth"), ["pae.pth: not the weights of a mobilenet backbone"]),
@@ -121,6 +122,14 @@ CASES = {
     "unknown mode": (apr(mode="trian"), ["MODE", "'trian'"]),
     "unknown preset": (apr(more=["--preset", "8Scenes"]), ["config.json: unknown preset '8Scenes'; the file has known"]),
     "preset of another model": (apr(more=["--preset", "wrong_names"]), ["preset 'wrong_names' is not for posenet"]),
+    "preset that is no object": (apr(config="odd.json", more=["--preset", "text"]),
+                                 ["odd.json: section 'text' is not a JSON object"]),
+    "preset for no model": (apr(config="odd.json", more=["--preset", "nothing"]),
+                            ["odd.json: preset 'nothing' is not for posenet, but for none"]),
+    "more names than scenes": (apr("ems-transposenet", more=["--preset", "wrong_names", "--set", "num_scenes=1"]),
+                               ["scene_names has 2 names but num_scenes is 1"]),
+    "fine-tuning scenes of unknown order": (apr("ems-transposenet", more=["--checkpoint_path", "ems-transposenet.pth"]),
+                                            ["train.csv: 1 scenes, but the model has 2: their order is not known"]),
     "unknown key": (apr(more=["--set", "n_epoch=3"]), ["unknown key 'n_epoch'; did you mean n_epochs?"]),
     "no value": (apr(more=["--set", "n_epochs"]), ["--set n_epochs: not of the form key=value"]),
     "value of a wrong type": (apr(more=["--set", "n_epochs=1.5"]), ["n_epochs is 1.5, but it must be a whole number"]),
@@ -129,11 +138,18 @@ CASES = {
     "missing key": (apr(config="incomplete.json"), ["incomplete.json", "required key 'lr' is missing"]),
     "config that is not JSON": (apr(config="not_json.json"), ["not_json.json: not a readable JSON config"]),
     "absent config": (apr(config="absent.json"), ["absent.json: not a readable JSON config"]),
+    "freeze that leaves nothing": (
+        apr("ems-transposenet", labels="lone_frame.csv", more=["--set", "freeze=true", "freeze_exclude_phrase=transformer_t"]),
+        ["freeze_exclude_phrase 'transformer_t' leaves no head to train"]),
     "freeze for posenet": (apr(more=["--set", "freeze=true"]), ["freeze is for multi-scene models"]),
-    "seed": (apr(more=["--seed", "-1"]), ["--seed", "'-1' is not a whole number of at least 0"]),
+    "seed": (apr(more=["--seed", "-1"]), ["--seed", "'-1' is not a whole number from 0"]),
+    "seed beyond any": (apr(more=["--seed", str(2 ** 64)]), ["--seed", "is not a whole number from 0"]),
     "unknown device": (apr(more=["--device", "gpu"]), ["device 'gpu' is unknown: choose auto, cpu, cuda or cuda:N"]),
     "absent device": (apr(more=["--device", "cuda:77"]), ["device 'cuda:77' is not here"]),
     "test without weights": (apr(mode="test"), ["a test needs --checkpoint_path"]),
+    "predictions over the labels": (test_apr("posenet.pth", more=["--predictions_path", "./train.csv"]),
+                                    ["--predictions_path ./train.csv: is the label file train.csv"]),
+    "predictions to a folder": (test_apr("posenet.pth", more=["--predictions_path", "."]), ["--predictions_path .: is a folder"]),
     "predictions in training": (apr(more=["--predictions_path", "p.csv"]), ["--predictions_path is for testing"]),
     "PAE of ms-transposenet": (pae("ms-transposenet", script="main_learn_multiscene_pose_encoding.py"),
                                ["ms-transposenet returns no latents", "choose ems-transposenet"]),
@@ -148,14 +164,13 @@ CASES = {
 
 
 @pytest.fixture
-def run_here(files, monkeypatch, capfd):
-    """Run a script in this process, which saves its imports, in the folder of `files`."""
+def fail_here(files, monkeypatch, capfd):
+    """Run a script that must fail in the folder of `files`; returns its exit status and stderr."""
     monkeypatch.chdir(files)
 
     def run(command):
-        monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+            run_here(*command)
         return stopped.value.code, capfd.readouterr().err
     return run
 
@@ -165,10 +180,10 @@ def listing(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_ends_in_one_clear_line(case, files, run_here):
+def test_a_mistake_ends_in_one_clear_line(case, files, fail_here):
     command, words = CASES[case]
     before = listing(files)
-    status, stderr = run_here(command)
+    status, stderr = fail_here(command)
     last = stderr.rstrip().splitlines()[-1]
     assert status == 2 and last.startswith(f"{command[0]}: error: ")
     assert all(word in last for word in words), last
@@ -176,12 +191,12 @@ def test_a_mistake_ends_in_one_clear_line(case, files, run_here):
     assert listing(files) == before
 
 
-def test_references_must_not_hold_the_answers(files, run_here):
+def test_references_must_not_hold_the_answers(files, fail_here):
     from models.pose_refiner import PoseRefiner
     torch.save(PoseRefiner(16).state_dict(), files / "refiner.pth")
     for references, words in (("test.csv", "is the label file under test"), ("./test.csv", "is the label file under test"),
                               ("shared.csv", "1 of its frames are among those under test")):
-        status, stderr = run_here(refine("--rpr_checkpoint_path", "refiner.pth", "--ref_poses_file", references))
+        status, stderr = fail_here(refine("--rpr_checkpoint_path", "refiner.pth", "--ref_poses_file", references))
         assert status == 2 and words in stderr.rstrip().splitlines()[-1]
 
 
@@ -192,6 +207,6 @@ def test_an_error_is_in_the_log_too_and_a_process_exits_with_2(files):
     assert "empty.csv: no rows" in log.read_text()
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(files, run_here):
-    status, stderr = run_here(apr(more=["--output_dir", "train.csv/out"]))
+def test_an_output_folder_that_cannot_be_written_is_named(files, fail_here):
+    status, stderr = fail_here(apr(more=["--output_dir", "train.csv/out"]))
     assert status == 2 and "--output_dir train.csv/out: cannot be written" in stderr.rstrip().splitlines()[-1]

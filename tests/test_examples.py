@@ -38,7 +38,8 @@ def layouts(tmp_path_factory):
 
 
 def run_chain(layouts, chain):
-    """Run the commands of one model in order; a weights file that is not there yet is what was trained last."""
+    """Run the commands of one model in order; the first weights file that is not there yet is what was trained before, and
+    no other is."""
     trained = None
     for command in chain:
         command = [part.replace("/path/to/", f"{layouts}/") for part in command[1:]]
@@ -48,6 +49,7 @@ def run_chain(layouts, chain):
                 (layouts / part).parent.mkdir(exist_ok=True)
                 for suffix in (".pth", ".json"):
                     shutil.copy(trained.with_suffix(suffix), (layouts / part).with_suffix(suffix))
+                trained = None
         if "--set" not in command:
             command.append("--set")
         at = command.index("--set") + 1

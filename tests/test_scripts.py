@@ -1,13 +1,14 @@
 """The scripts as a user runs them, on small generated layouts."""
 import json
 import re
-import runpy
 import time
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run_script, run_well, weights_of, write_labels, write_scene
+from conftest import ROOT, run_here, run_script, run_well, weights_of, write_labels, write_scene
+
+from datasets.camera_poses import CameraPoseDataset, test_transform
 
 SCRIPTS = ("main.py", "main_learn_pose_encoding.py", "main_learn_multiscene_pose_encoding.py", "main_refine_apr.py")
 SMALL_TRANSFORMER = [f"num_{branch}_{part}_layers=1" for branch in ("t", "rot") for part in ("encoder", "decoder")]
@@ -53,6 +54,20 @@ def posenet(layout, tmp_path_factory):
     return arguments, output
 
 
+def test_the_final_weights_are_the_mean_over_the_last_part(posenet, layout):
+    arguments, _ = posenet
+    listed = arguments("train", "attic.csv", "averaged")
+    # Batches of all six frames: an epoch is a step, and its checkpoint the weights after that step.
+    output = run_here("main.py", *listed, "n_workers=0", "batch_size=6", "n_epochs=4", "average_last=0.5")
+    final = weights_of(output)
+    steps = [torch.load(str(final).replace("final", f"checkpoint-{epoch}")) for epoch in (3, 4)]
+    for key, value in torch.load(final).items():
+        if value.is_floating_point():
+            assert torch.allclose(value, (steps[0][key] + steps[1][key]) / 2, atol=1e-6), key
+    last = weights_of(run_here("main.py", *listed, "n_workers=0", "batch_size=6", "n_epochs=4", "average_last=0"))
+    assert all(torch.equal(value, steps[1][key]) for key, value in torch.load(last).items())
+
+
 def test_training_writes_what_the_published_code_writes(posenet, layout):
     arguments, output = posenet
     weights, about = trained(output)
@@ -70,10 +85,10 @@ def test_training_writes_what_the_published_code_writes(posenet, layout):
     assert not list(weights.parent.glob("*.part"))
 
 
-def test_a_seed_makes_a_training_repeatable(posenet):
+def test_a_seed_makes_a_training_repeatable_with_any_number_of_workers(posenet):
     arguments, output = posenet
     first = torch.load(weights_of(output))
-    again, other = (torch.load(weights_of(run_well("main.py", *arguments("train", "attic.csv"), *seed)))
+    again, other = (torch.load(weights_of(run_well("main.py", *arguments("train", "attic.csv"), "n_workers=0", *seed)))
                     for seed in ([], ["--seed", "1"]))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["x_reg.weight"], other["x_reg.weight"])
@@ -113,7 +128,7 @@ def test_published_config_files_load_as_they_are(posenet, layout):
                       "--output_dir", layout / "published")
     assert "Epoch-1]" in output and "Epoch-2]" not in output  # general wins over the section in published files
     assert output.count("nheads is ignored") == 1 and "nothing reads: latent_dim" in output
-    assert "No CUDA device here" in output or torch.cuda.is_available()
+    assert "No cuda:0 here: running on cpu" in output or torch.cuda.is_available()
 
 
 def test_two_runs_in_a_minute_keep_apart(layout):
@@ -129,12 +144,12 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
         return [model, mode, "none", layout, layout / labels, ROOT / "config.json", *more, "--output_dir", layout / "ms",
                 "--set", "num_scenes=2", "n_epochs=1", "n_workers=0", "batch_size=6", *SMALL_TRANSFORMER]
 
-    apr, about = trained(run_well("main.py", *arguments("ems-transposenet", "train", "both.csv"), "equalize_scenes=true",
+    apr, about = trained(run_here("main.py", *arguments("ems-transposenet", "train", "both.csv"), "equalize_scenes=true",
                                   "n_epochs=2"))
     assert about["scene_names"] == ["attic", "cellar"]
 
     def scenes_of(script, labels, *more, out):
-        output = run_well(script, *arguments("ems-transposenet", "test", labels, *more), "--predictions_path", layout / out)
+        output = run_here(script, *arguments("ems-transposenet", "test", labels, *more), "--predictions_path", layout / out)
         return output, pd.read_csv(layout / out)
 
     # One scene alone is still scene 1 of the model; the names come from the JSON beside the weights.
@@ -145,7 +160,7 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     assert f"Scene accuracy: {accuracy:.1f}%" in output
     assert "Scene cellar (index 1): 6 frames, median " in output
 
-    pae, about = trained(run_well("main_learn_multiscene_pose_encoding.py",
+    pae, about = trained(run_here("main_learn_multiscene_pose_encoding.py",
                                   *arguments("ems-transposenet", "train", "both.csv", apr)))
     assert pae.name.endswith("_pose_encoder_final.pth") and about["scene_names"] == ["attic", "cellar"]
     output, table = scenes_of("main_learn_multiscene_pose_encoding.py", "cellar.csv", apr, "--encoder_checkpoint_path", pae,
@@ -153,7 +168,7 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     assert table["predicted_scene"].tolist() == alone["predicted_scene"].tolist()
     assert f"The APR's own median: " in output and "Scene cellar (index 1): 6 frames" in output
 
-    refiner = weights_of(run_well("main_refine_apr.py", *arguments("ems-transposenet", "train", "both.csv", apr, pae)))
+    refiner = weights_of(run_here("main_refine_apr.py", *arguments("ems-transposenet", "train", "both.csv", apr, pae)))
     assert refiner.name.endswith("_rpr_final.pth")
     output, table = scenes_of("main_refine_apr.py", "cellar_test.csv", apr, pae, "--rpr_checkpoint_path", refiner,
                               "--ref_poses_file", layout / "both.csv", out="refined.csv")
@@ -168,8 +183,8 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     assert table.loc[0, "t1":"q4"].tolist() == pytest.approx(apr_table.loc[0, "t1":"q4"].tolist(), abs=1e-5)
 
     # ms-transposenet, and fine-tuning with all but a part frozen, from a checkpoint.
-    ms = weights_of(run_well("main.py", *arguments("ms-transposenet", "train", "both.csv")))
-    tuned = weights_of(run_well("main.py", *arguments("ms-transposenet", "train", "both.csv", "--checkpoint_path", ms),
+    ms = weights_of(run_here("main.py", *arguments("ms-transposenet", "train", "both.csv")))
+    tuned = weights_of(run_here("main.py", *arguments("ms-transposenet", "train", "both.csv", "--checkpoint_path", ms),
                                 "freeze=true", 'freeze_exclude_phrase=["regressor_head_t", "transformer_t"]', "learnable=false",
                                 "s_x=1", "s_q=0"))
     before, after = torch.load(ms), torch.load(tuned)
@@ -183,29 +198,52 @@ def test_a_pae_and_a_refiner_train(posenet, layout):
 
     def train(script, *more):
         listed = arguments("train", "attic.csv")
-        output = run_well(script, *listed[:6], apr, *more, *listed[6:], "n_epochs=150", "n_freq_checkpoint=1000")
+        output = run_here(script, *listed[:6], apr, *more, *listed[6:], "n_epochs=400", "n_freq_checkpoint=1000", "n_workers=0",
+                          "learnable=false", "s_x=1", "s_q=1")
         losses = [float(loss) for loss in re.findall(r"running camera pose loss: (-?[\d.]+)", output)]
-        assert losses[-1] < losses[0] - 1
+        assert losses[-1] < 0.7 * losses[0]
         return weights_of(output)
 
     pae = train("main_learn_pose_encoding.py")
     assert torch.load(pae)._metadata[""]["version"] == 2
     refiner = train("main_refine_apr.py", pae)
     listed = arguments("test", "attic_test.csv")
-    output = run_well("main_refine_apr.py", *listed[:6], apr, pae, *listed[6:], "--rpr_checkpoint_path", refiner,
+    output = run_here("main_refine_apr.py", *listed[:6], apr, pae, *listed[6:], "--rpr_checkpoint_path", refiner,
                       "--ref_poses_file", layout / "attic.csv")
     assert re.search(r"^The APR's own median: .*\nMedian pose error: ", output, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("pae_input", ["estimated", "true"])
-def test_the_teacher_runs_once_over_the_frames(posenet, layout, monkeypatch, pae_input):
+@pytest.fixture
+def images_seen(monkeypatch):
+    """Run a script in this process; returns the batches of images that PoseNet was given."""
     from models.posenet import PoseNet
-    arguments, output = posenet
-    listed = [str(argument) for argument in arguments("train", "attic.csv")]
     seen = []
     forward = PoseNet.forward
-    monkeypatch.setattr(PoseNet, "forward", lambda self, data: seen.append(len(data["img"])) or forward(self, data))
-    monkeypatch.setattr("sys.argv", ["main_learn_pose_encoding.py", *listed[:6], str(weights_of(output)), *listed[6:],
-                                     "n_epochs=5", "n_workers=0", f"pae_input={pae_input}"])
-    runpy.run_path(str(ROOT / "main_learn_pose_encoding.py"), run_name="__main__")
-    assert sum(seen) == 6
+    monkeypatch.setattr(PoseNet, "forward", lambda self, data: seen.append(data["img"]) or forward(self, data))
+
+    def run(*command):
+        seen.clear()
+        return run_here(*command), torch.cat(seen)
+    return run
+
+
+def test_the_teacher_runs_once_over_the_frames_whatever_the_paes_input(posenet, layout, images_seen):
+    arguments, output = posenet
+    listed, apr = arguments("train", "attic.csv"), weights_of(output)
+    paes = {}
+    for pae_input in ("estimated", "true"):
+        output, seen = images_seen("main_learn_pose_encoding.py", *listed[:6], apr, *listed[6:], "n_epochs=5",
+                                   "n_workers=0", f"pae_input={pae_input}")
+        assert len(seen) == 6
+        paes[pae_input] = torch.load(weights_of(output))
+    # At the start both are the same network; what they were given to encode is not.
+    assert not torch.equal(paes["estimated"]["x_encoder.0.weight"], paes["true"]["x_encoder.0.weight"])
+
+
+def test_no_augment_trains_on_the_test_transform(posenet, layout, images_seen):
+    arguments, _ = posenet
+    _, seen = images_seen("main.py", *arguments("train", "attic.csv"), "n_workers=0", "no_augment=true", "n_epochs=1")
+    dataset = CameraPoseDataset(layout, layout / "attic.csv", test_transform())
+    assert all(any(torch.equal(image, dataset[i]["img"]) for image in seen) for i in range(6))
+    _, seen = images_seen("main.py", *arguments("train", "attic.csv"), "n_workers=0", "n_epochs=1")
+    assert not any(any(torch.equal(image, dataset[i]["img"]) for image in seen) for i in range(6))

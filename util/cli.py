@@ -2,6 +2,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 from types import SimpleNamespace
@@ -46,19 +47,19 @@ def run(script):
     try:
         script()
     except UserError as error:
-        logging.getLogger().error(error)
+        if logging.getLogger().handlers:
+            logging.error(error)
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def start(args, suffix="", section=None):
+def start(args, suffix="", sections=()):
     """Begin a run: its log, configuration, seeds and device.
 
     suffix: behind the run's stamp in the names of weights, such as '_pose_encoder'.
-    section: the config section of this training, besides the model's.
+    sections: the config sections that this script reads besides the model's.
 
-    Returns a namespace: args, config, device, seed, prefix (of the run's files: DIR/run_<stamp><suffix>), and about(),
-    what the JSON beside the weights says.
+    Returns a namespace: args, config, device, seed, and prefix (of the run's files: DIR/run_<stamp><suffix>).
     """
     prefix = _start_log(args.output_dir)
     logging.info("Start %s with %s", args.model_name, args.mode)
@@ -67,16 +68,14 @@ def start(args, suffix="", section=None):
         logging.info("Experiment details: %s", args.experiment)
     logging.info("Using dataset: %s", args.dataset_path)
     logging.info("Using labels file: %s", args.labels_file)
-    if args.predictions_path and args.mode != "test":
-        raise UserError("--predictions_path is for testing; leave it out in training")
-    config = load_config(args.config_file, args.model_name, section, args.preset, args.set)
+    if args.predictions_path:
+        _check_predictions_path(args)
+    config = load_config(args.config_file, args.model_name, sections, args.preset, args.set)
     logging.info("Running with configuration:\n%s", "\n".join(f"\t{key}: {value}" for key, value in config.items()))
 
-    import numpy as np
     import torch
 
     torch.manual_seed(args.seed)
-    np.random.seed(args.seed)
     device = _device(args.device, config.get("device_id", "cuda:0"))
     return SimpleNamespace(args=args, config=config, device=device, seed=args.seed, prefix=prefix + suffix)
 
@@ -99,9 +98,20 @@ def _model(names):
 
 
 def _seed(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    if not text.isdecimal() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to below 2**63")
     return int(text)
+
+
+def _check_predictions_path(args):
+    if args.mode != "test":
+        raise UserError("--predictions_path is for testing; leave it out in training")
+    path = args.predictions_path
+    if os.path.isdir(path):
+        raise UserError(f"--predictions_path {path}: is a folder; name a file")
+    for labels_file in (args.labels_file, getattr(args, "ref_poses_file", None)):
+        if labels_file and os.path.exists(path) and os.path.exists(labels_file) and os.path.samefile(path, labels_file):
+            raise UserError(f"--predictions_path {path}: is the label file {labels_file}, which must stay; name another")
 
 
 def _start_log(output_dir):
@@ -131,18 +141,14 @@ def _start_log(output_dir):
 def _device(asked, preferred):
     import torch
 
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cpu", *["cuda"] * (n_cuda > 0), *(f"cuda:{i}" for i in range(n_cuda))]
     if asked == "auto":
-        if available == 0:
-            logging.info("No CUDA device here: running on the CPU")
-            return torch.device("cpu")
-        asked = preferred
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+        asked = preferred if preferred in here else "cuda" if n_cuda else "cpu"
+        if asked != preferred:
+            logging.info("No %s here: running on %s", preferred, asked)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", asked):
         raise UserError(f"device '{asked}' is unknown: choose auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise UserError(f"device '{asked}' is not here: this machine has {available} CUDA devices; choose auto or cpu")
-    return device
+    if asked not in here:
+        raise UserError(f"device '{asked}' is not here: this machine has {n_cuda} CUDA devices; choose auto or cpu")
+    return torch.device(asked)

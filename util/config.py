@@ -7,15 +7,16 @@ from util.errors import UserError
 
 
 def _number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
 
 
 def _whole(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2 ** 31
 
 
 def _names(value):
-    return isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+    return (isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value)
+            and len(set(value)) == len(value))
 
 
 _FLAG = ("true or false", lambda value: isinstance(value, bool))
@@ -24,7 +25,7 @@ _COUNT_OR_0 = ("a whole number of at least 0", lambda value: _whole(value) and v
 _NUMBER = ("a number", _number)
 _NUMBER_OR_0 = ("a number of at least 0", lambda value: _number(value) and value >= 0)
 _POSITIVE = ("a number above 0", lambda value: _number(value) and value > 0)
-_NAMES = ("a list of names", _names)
+_NAMES = ("a list of different names", _names)
 
 
 def _choice(*values):
@@ -36,8 +37,9 @@ KEYS = {
     "n_freq_print": _COUNT, "n_freq_checkpoint": _COUNT, "n_workers": _COUNT_OR_0,
     "device_id": ("a device's name", lambda value: isinstance(value, str)),
     "batch_size": _COUNT, "equalize_scenes": _FLAG, "num_scenes": _COUNT, "scene_names": _NAMES,
-    "learnable": _FLAG, "s_x": _NUMBER, "s_q": _NUMBER, "norm": _choice(1, 2),
+    "learnable": _FLAG, "s_x": _NUMBER, "s_q": _NUMBER, "norm": ("1 or 2", lambda value: _number(value) and value in (1, 2)),
     "lr": _POSITIVE, "weight_decay": _NUMBER_OR_0, "eps": _NUMBER_OR_0,
+    "average_last": ("a number from 0 to below 1", lambda value: _number(value) and 0 <= value < 1),
     "lr_scheduler_step_size": _COUNT, "lr_scheduler_gamma": _POSITIVE, "n_epochs": _COUNT,
     "num_t_encoder_layers": _COUNT_OR_0, "num_t_decoder_layers": _COUNT_OR_0,
     "num_rot_encoder_layers": _COUNT_OR_0, "num_rot_decoder_layers": _COUNT_OR_0,
@@ -62,10 +64,11 @@ class Config(dict):
         raise UserError(f"{self.source}: the required key '{key}' is missing; add it or give --set {key}=VALUE")
 
 
-def load_config(path, model_name, section=None, preset=None, overrides=()):
-    """Read a config file for a model: `general` < the model's section < preset < `section` < overrides.
+def load_config(path, model_name, sections_after=(), preset=None, overrides=()):
+    """Read a config file for a model: `general` < the model's section < preset < `sections_after` <
+    overrides.
 
-    section: 'pose_encoder', 'refiner' or None.
+    sections_after: names of sections, of 'pose_encoder' and 'refiner'; one that the file lacks is left out.
     overrides: 'key=value' strings.
 
     A file without presets is taken for a published one, where `general` wins over the model's section. Raises UserError
@@ -83,8 +86,7 @@ def load_config(path, model_name, section=None, preset=None, overrides=()):
         parts.reverse()
     if preset is not None:
         parts.append(_preset(path, sections, preset, model_name))
-    if section in sections:
-        parts.append(_section(path, sections, section))
+    parts += [_section(path, sections, name) for name in sections_after if name in sections]
 
     config = Config()
     config.source = f"{path}, section '{model_name}'"
@@ -101,29 +103,37 @@ def load_config(path, model_name, section=None, preset=None, overrides=()):
     if "nheads" in config:
         logging.info("Config key nheads is ignored, as in the published code, which reads nhead (now %s): "
                      "the published checkpoints have 8 heads", config.get("nhead", 8))
-    names, num_scenes = config.get("scene_names"), config.get("num_scenes")
-    if names and num_scenes and len(names) != num_scenes:
-        raise UserError(f"{config.source}: scene_names has {len(names)} names but num_scenes is {num_scenes}; give both "
-                        f"with --set, or no preset")
+    if "scene_names" in config and "num_scenes" in config:
+        check_scene_names(config.source, config["scene_names"], config["num_scenes"])
     return config
 
 
+def check_scene_names(source, scene_names, num_scenes):
+    """Raise UserError unless `scene_names` can be the scenes of a model of `num_scenes`."""
+    if not _names(scene_names):
+        raise UserError(f"{source}: scene_names is {json.dumps(scene_names)}, but it must be {_NAMES[0]}")
+    if len(scene_names) > num_scenes:
+        raise UserError(f"{source}: scene_names has {len(scene_names)} names but num_scenes is {num_scenes}; give both with "
+                        f"--set, or no preset")
+
+
 def _section(path, sections, name):
-    if not isinstance(sections.get(name), dict):
+    if name not in sections:
         raise UserError(f"{path}: section '{name}' is missing; the file has {', '.join(sections) or 'none'}")
+    if not isinstance(sections[name], dict):
+        raise UserError(f"{path}: section '{name}' is not a JSON object of keys and values")
     return sections[name]
 
 
 def _preset(path, sections, preset, model_name):
-    presets = sections.get("presets") or {}
+    presets = _section(path, {"presets": {}, **sections}, "presets")
     if preset not in presets:
         raise UserError(f"{path}: unknown preset '{preset}'; the file has {', '.join(presets) or 'none'}")
-    values = {key: value for key, value in presets[preset].items() if not isinstance(value, dict)}
-    of_model = presets[preset].get(model_name)
-    if of_model is None:
-        models = ", ".join(key for key, value in presets[preset].items() if isinstance(value, dict))
-        raise UserError(f"{path}: preset '{preset}' is not for {model_name}, but for {models}")
-    return {**values, **of_model}
+    values = _section(path, presets, preset)
+    of_models = {key: value for key, value in values.items() if isinstance(value, dict)}
+    if model_name not in of_models:
+        raise UserError(f"{path}: preset '{preset}' is not for {model_name}, but for {', '.join(of_models) or 'none'}")
+    return {**{key: value for key, value in values.items() if key not in of_models}, **of_models[model_name]}
 
 
 def _parse(override):

@@ -3,6 +3,7 @@ import logging
 import time
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -20,8 +21,10 @@ def train(run, model, pose_loss, batches, step, about):
     step: batch on the device -> (loss, estimated poses N x 7); batch['pose'] is the truth.
     about: what the JSON beside the weights says.
 
-    Adam and a step schedule by the config. Every n_freq_checkpoint epochs and at the end the weights go to
-    <prefix>_checkpoint-<epoch>.pth and <prefix>_final.pth, the picture of the loss to <prefix>_loss_fig.png.
+    Adam and a step schedule by the config. Every n_freq_checkpoint epochs the weights go to
+    <prefix>_checkpoint-<epoch>.pth and at the end to <prefix>_final.pth, the picture of the loss to
+    <prefix>_loss_fig.png. The final weights (and batch norm's statistics) are the mean over the steps of the last
+    `average_last` of the training (Izmailov et al., UAI 2018); without that key those of the last step, as published.
     """
     config = run.config
     parameters = [p for module in (model, pose_loss) for p in module.parameters() if p.requires_grad]
@@ -31,7 +34,9 @@ def train(run, model, pose_loss, batches, step, about):
 
     samples, losses = [], []
     n_samples = 0
-    with logging_redirect_tqdm(), tqdm(total=n_epochs * len(batches(0)), unit="batch", disable=None) as progress:
+    n_steps = n_epochs * len(batches(0))
+    averaged = None
+    with logging_redirect_tqdm(), tqdm(total=n_steps, unit="batch", disable=None) as progress:
         for epoch in range(n_epochs):
             model.train()
             running_loss, n_epoch_samples = 0.0, 0
@@ -47,6 +52,9 @@ def train(run, model, pose_loss, batches, step, about):
                 samples.append(n_samples)
                 losses.append(loss)
                 progress.update()
+                if len(losses) > n_steps * (1 - config.get("average_last", 0)):
+                    averaged = averaged or AveragedModel(model, use_buffers=True)
+                    averaged.update_parameters(model)
                 if i % n_freq_print == 0:
                     errors = (e.mean().item() for e in pose_err(estimate.detach(), batch["pose"]))
                     logging.info("[Batch-{}/Epoch-{}] running camera pose loss: {:.3f}, camera pose error: {:.2f}[m], "
@@ -56,8 +64,8 @@ def train(run, model, pose_loss, batches, step, about):
                 save_weights(f"{run.prefix}_checkpoint-{epoch + 1}.pth", model.state_dict(), about)
 
     logging.info("Training completed")
+    save_weights(f"{run.prefix}_final.pth", (averaged.module if averaged else model).state_dict(), about)
     plot_loss(f"{run.prefix}_loss_fig.png", samples, torch.stack(losses).tolist())
-    save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
     logging.info("Weights: %s_final.pth", run.prefix)
 
 

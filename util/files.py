@@ -1,6 +1,6 @@
 """Writing files whole or not at all."""
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from util.errors import UserError
@@ -23,5 +23,5 @@ def whole_file(path, mode="w"):
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
-        if part.exists():
+        with suppress(OSError):
             part.unlink()

@@ -54,7 +54,7 @@ def read_references(path, dataset, scene_names, num_scenes=None):
         raise UserError(f"--ref_poses_file {path} is the label file under test, which holds the answers; give the training "
                         f"labels")
     labels = read_labels(path)
-    shared = labels["img_path"].isin(set(dataset.labels["img_path"]))
+    shared = labels["img_path"].map(os.path.normpath).isin(set(dataset.labels["img_path"].map(os.path.normpath)))
     if shared.any():
         first = labels[shared].iloc[0]
         raise UserError(f"--ref_poses_file {path}: {shared.sum()} of its frames are among those under test, which holds the "

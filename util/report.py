@@ -7,14 +7,21 @@ import torch.nn.functional as F
 
 from datasets.labels import POSE_COLUMNS, write_labels
 from models.checkpoints import read_about
+from util.config import check_scene_names
 from util.metrics import medians, pose_err
 
 RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 
 
-def scene_names_of(config, checkpoint_path):
-    """A model's scenes in order: the config's, else those of the JSON beside its weights, else None."""
-    return config.get("scene_names") or (read_about(checkpoint_path).get("scene_names") if checkpoint_path else None)
+def scene_names_of(model_name, config, checkpoint_path):
+    """A multi-scene model's scenes in order: the config's, else those of the JSON beside its weights, else None; always
+    None for a single-scene model. Raises UserError for names in the JSON that cannot be its scenes."""
+    if model_name == "posenet" or config.get("scene_names"):
+        return config.get("scene_names") if model_name != "posenet" else None
+    names = read_about(checkpoint_path).get("scene_names") if checkpoint_path else None
+    if names is not None:
+        check_scene_names(f"the JSON beside {checkpoint_path}", names, config["num_scenes"])
+    return names
 
 
 def report(run, tested, dataset, results, scene_names=None):
@@ -28,7 +35,7 @@ def report(run, tested, dataset, results, scene_names=None):
     """
     poses, truth = results["pose"].double(), dataset.poses
     log_results(tested, dataset.labels_file, poses, truth, results["milliseconds"].numpy(), results.get("apr_pose"))
-    predictions = dataset.labels.drop(columns="row")
+    predictions = dataset.labels.copy()
     predictions[POSE_COLUMNS[:3]] = poses[:, :3].numpy()
     predictions[POSE_COLUMNS[3:]] = F.normalize(poses[:, 3:], dim=1).numpy()
     predictions["position_error_m"], predictions["orientation_error_deg"] = (e.numpy() for e in pose_err(poses, truth))
