@@ -65,7 +65,12 @@ def read_weights(path):
 def read_module_tensors(path):
     """Like `read_weights`, and takes the published pickled EfficientNet module too, in the zip and the legacy format."""
     loaded = _load(path, classes=[(_Pickled, name) for name in _PICKLED_CLASSES])
-    return _as_state_dict(path, dict(_tensors_of(loaded)) if isinstance(loaded, _Pickled) else loaded)
+    if isinstance(loaded, _Pickled):
+        try:
+            loaded = dict(_tensors_of(loaded))
+        except (AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: a pickled module with a structure that no module has") from error
+    return _as_state_dict(path, loaded)
 
 
 def _load(path, classes=()):
