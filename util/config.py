@@ -65,8 +65,7 @@ class Config(dict):
 
 
 def load_config(path, model_name, sections_after=(), preset=None, overrides=()):
-    """Read a config file for a model: `general` < the model's section < preset < `sections_after` <
-    overrides.
+    """Read a config file for a model: `general` < the model's section < preset < `sections_after` < overrides.
 
     sections_after: names of sections, of 'pose_encoder' and 'refiner'; one that the file lacks is left out.
     overrides: 'key=value' strings.

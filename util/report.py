@@ -16,8 +16,10 @@ RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 def scene_names_of(model_name, config, checkpoint_path):
     """A multi-scene model's scenes in order: the config's, else those of the JSON beside its weights, else None; always
     None for a single-scene model. Raises UserError for names in the JSON that cannot be its scenes."""
-    if model_name == "posenet" or config.get("scene_names"):
-        return config.get("scene_names") if model_name != "posenet" else None
+    if model_name == "posenet":
+        return None
+    if "scene_names" in config:
+        return config["scene_names"]
     names = read_about(checkpoint_path).get("scene_names") if checkpoint_path else None
     if names is not None:
         check_scene_names(f"the JSON beside {checkpoint_path}", names, config["num_scenes"])
