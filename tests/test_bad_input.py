@@ -119,6 +119,7 @@ CASES = {
     "unknown backbone": (apr(backbone="resnet"), ["backbone 'resnet': no such file; give a weights file, 'imagenet' or 'none'"]),
     "unknown backbone_type": (apr(more=["--set", "backbone_type=vgg"]), ["--set: backbone_type is \"vgg\"", "\"mobilenet\""]),
     "unknown model": (apr("posenets"), ["unknown model 'posenets': choose posenet or ms-transposenet or ems-transposenet"]),
+    "model of another script": (pae("ems-transposenet"), ["ems-transposenet is not for this script: choose posenet"]),
     "unknown mode": (apr(mode="trian"), ["MODE", "'trian'"]),
     "unknown preset": (apr(more=["--preset", "8Scenes"]), ["config.json: unknown preset '8Scenes'; the file has known"]),
     "preset of another model": (apr(more=["--preset", "wrong_names"]), ["preset 'wrong_names' is not for posenet"]),

@@ -7,6 +7,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+from models import APR_NAMES
 from util.config import load_config
 from util.errors import UserError
 
@@ -92,7 +93,8 @@ def _model(names):
             raise argparse.ArgumentTypeError("ms-transposenet returns no latents, so it can have no PAE and no refiner; "
                                              f"choose {' or '.join(names)}")
         if name not in names:
-            raise argparse.ArgumentTypeError(f"unknown model '{name}': choose {' or '.join(names)}")
+            problem = f"{name} is not for this script" if name in APR_NAMES else f"unknown model '{name}'"
+            raise argparse.ArgumentTypeError(f"{problem}: choose {' or '.join(names)}")
         return name
     return model
 
