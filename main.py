@@ -1,5 +1,5 @@
 """Train or test an absolute pose regressor (APR)."""
-from models import APR_NAMES
+from models import APR_NAMES, SINGLE_SCENE_APRS
 from util import cli
 
 
@@ -22,7 +22,7 @@ def main():
     from util.report import report, scene_names_of
 
     config = run.config
-    multi_scene = args.model_name != "posenet"
+    multi_scene = args.model_name not in SINGLE_SCENE_APRS
     freeze = config.get("freeze", False)
     if args.mode == "test" and args.checkpoint_path is None:
         raise UserError("a test needs --checkpoint_path, the weights to test")

@@ -32,7 +32,7 @@ def main():
     from util.report import report, scene_names_of
 
     config = run.config
-    multi_scene = args.model_name in MULTI_SCENE_APRS
+    multi_scene = args.model_name not in SINGLE_SCENE_APRS
     if args.mode == "test" and args.rpr_checkpoint_path is None:
         raise UserError("a test needs --rpr_checkpoint_path, the weights to test")
     if args.mode == "test" and args.ref_poses_file is None:

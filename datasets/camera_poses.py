@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from datasets.labels import poses_of, read_labels
+from datasets.labels import poses_of, read_labels, scene_indices
 from util.errors import UserError
 
 _TO_INPUT = [transforms.ToTensor(), transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
@@ -24,9 +24,6 @@ def test_transform():
     """The published test transform: PIL image -> 3 x 224 x 224, the centre of the image resized to a shorter side of
     256, normalised as ImageNet."""
     return transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *_TO_INPUT])
-
-
-test_transform.__test__ = False  # pytest would take it for a test
 
 
 class CameraPoseDataset(Dataset):
@@ -51,8 +48,7 @@ class CameraPoseDataset(Dataset):
                 raise UserError(f"{labels_file}: row {row}: image {path} does not exist")
         self.poses = torch.tensor(poses_of(self.labels), dtype=torch.float32)
         self.scene_names = list(scene_names) if scene_names else sorted(set(self.labels["scene"]))
-        index = {name: i for i, name in enumerate(self.scene_names)}
-        self.scenes = np.array([index.get(name, -1) for name in self.labels["scene"]])
+        self.scenes = scene_indices(self.labels, self.scene_names)
         self.transform = data_transform or test_transform()
         self.seed = seed
         self.size = len(self.paths)
@@ -115,9 +111,6 @@ def read_image(path):
 def test_batches(dataset, batch_size, n_workers):
     """A loader of the dataset in its order."""
     return _loader(dataset, batch_size, n_workers, sampler=None)
-
-
-test_batches.__test__ = False
 
 
 def train_batches(dataset, batch_size, n_workers, seed):

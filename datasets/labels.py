@@ -63,6 +63,12 @@ def poses_of(table):
     return table[POSE_COLUMNS].to_numpy(dtype=float)
 
 
+def scene_indices(table, scene_names):
+    """The scene index of every row: its scene's place in `scene_names`, -1 for a scene that is not there."""
+    index = {name: i for i, name in enumerate(scene_names)}
+    return np.array([index.get(name, -1) for name in table["scene"]])
+
+
 def _refuse(path, table, column, wrong, problem):
     if np.any(wrong):
         first = int(np.argmax(np.asarray(wrong)))

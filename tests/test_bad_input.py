@@ -71,11 +71,8 @@ def apr(model="posenet", mode="train", backbone="none", labels="train.csv", conf
     return ["main.py", model, mode, backbone, ".", labels, config, *more]
 
 
-def test_apr(checkpoint, model="posenet", more=()):
+def apr_test(checkpoint, model="posenet", more=()):
     return apr(model, "test", more=["--checkpoint_path", checkpoint, *more])
-
-
-test_apr.__test__ = False
 
 
 def pae(model="posenet", checkpoint="posenet.pth", mode="train", script="main_learn_pose_encoding.py", more=()):
@@ -100,20 +97,20 @@ CASES = {
     "too many scenes": (apr("ems-transposenet", labels="three_scenes.csv"), ["three_scenes.csv: 3 scenes, but num_scenes is 2"]),
     "unknown scene": (apr("ems-transposenet", more=["--preset", "wrong_names"]),
                       ["train.csv: row 2: scene 'attic' is not among the scene_names a, b"]),
-    "checkpoint of another model": (test_apr("ems-transposenet.pth"),
+    "checkpoint of another model": (apr_test("ems-transposenet.pth"),
                                     ["ems-transposenet.pth: a checkpoint of ems-transposenet, but one of posenet is needed"]),
-    "ms checkpoint for ems": (test_apr("ms-transposenet.pth", "ems-transposenet"),
+    "ms checkpoint for ems": (apr_test("ms-transposenet.pth", "ems-transposenet"),
                               ["a checkpoint of ms-transposenet, but one of ems-transposenet is needed"]),
-    "checkpoint of a PAE": (test_apr("pae.pth"), ["pae.pth: a checkpoint of single-scene PAE, but one of posenet is needed"]),
-    "checkpoint of other scenes": (test_apr("three_scenes.pth", "ems-transposenet"), ["num_scenes 3", "config says 2"]),
-    "incomplete checkpoint": (test_apr("incomplete.pth"), ["incomplete.pth: does not fit the model", "q_reg.bias"]),
-    "truncated checkpoint": (test_apr("truncated.pth"), ["truncated.pth: not a readable weights file"]),
-    "text for a checkpoint": (test_apr("text.pth"), ["text.pth: not a readable weights file"]),
-    "empty checkpoint": (test_apr("empty.pth"), ["empty.pth: not a readable weights file"]),
-    "absent checkpoint": (test_apr("absent.pth"), ["absent.pth: no such file"]),
-    "checkpoint without tensors": (test_apr("not_tensors.pth"), ["not_tensors.pth: not a state dict"]),
-    "checkpoint of odd tensors": (test_apr("odd.pth"), ["odd.pth: weights of no model known here"]),
-    "checkpoint that runs code": (test_apr("hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
+    "checkpoint of a PAE": (apr_test("pae.pth"), ["pae.pth: a checkpoint of single-scene PAE, but one of posenet is needed"]),
+    "checkpoint of other scenes": (apr_test("three_scenes.pth", "ems-transposenet"), ["num_scenes 3", "config says 2"]),
+    "incomplete checkpoint": (apr_test("incomplete.pth"), ["incomplete.pth: does not fit the model", "q_reg.bias"]),
+    "truncated checkpoint": (apr_test("truncated.pth"), ["truncated.pth: not a readable weights file"]),
+    "text for a checkpoint": (apr_test("text.pth"), ["text.pth: not a readable weights file"]),
+    "empty checkpoint": (apr_test("empty.pth"), ["empty.pth: not a readable weights file"]),
+    "absent checkpoint": (apr_test("absent.pth"), ["absent.pth: no such file"]),
+    "checkpoint without tensors": (apr_test("not_tensors.pth"), ["not_tensors.pth: not a state dict"]),
+    "checkpoint of odd tensors": (apr_test("odd.pth"), ["odd.pth: weights of no model known here"]),
+    "checkpoint that runs code": (apr_test("hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
     "backbone that runs code": (apr(backbone="hostile.pth"), ["hostile.pth: ", "mkdir", "code from a file is never run"]),
     "backbone of another network": (apr(backbone="pae.pth"), ["pae.pth: not the weights of a mobilenet backbone"]),
     "unknown backbone": (apr(backbone="resnet"), ["backbone 'resnet': no such file; give a weights file, 'imagenet' or 'none'"]),
@@ -148,9 +145,9 @@ CASES = {
     "unknown device": (apr(more=["--device", "gpu"]), ["device 'gpu' is unknown: choose auto, cpu, cuda or cuda:N"]),
     "absent device": (apr(more=["--device", "cuda:77"]), ["device 'cuda:77' is not here"]),
     "test without weights": (apr(mode="test"), ["a test needs --checkpoint_path"]),
-    "predictions over the labels": (test_apr("posenet.pth", more=["--predictions_path", "./train.csv"]),
+    "predictions over the labels": (apr_test("posenet.pth", more=["--predictions_path", "./train.csv"]),
                                     ["--predictions_path ./train.csv: is the label file train.csv"]),
-    "predictions to a folder": (test_apr("posenet.pth", more=["--predictions_path", "."]), ["--predictions_path .: is a folder"]),
+    "predictions to a folder": (apr_test("posenet.pth", more=["--predictions_path", "."]), ["--predictions_path .: is a folder"]),
     "predictions in training": (apr(more=["--predictions_path", "p.csv"]), ["--predictions_path is for testing"]),
     "PAE of ms-transposenet": (pae("ms-transposenet", script="main_learn_multiscene_pose_encoding.py"),
                                ["ms-transposenet returns no latents", "choose ems-transposenet"]),

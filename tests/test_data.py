@@ -9,7 +9,7 @@ import torch
 from conftest import write_labels, write_scene
 from PIL import Image
 
-from datasets.camera_poses import CameraPoseDataset, read_image, test_batches, train_batches, train_transform
+from datasets.camera_poses import CameraPoseDataset, read_image, test_batches as ordered_batches, train_batches, train_transform
 from datasets.labels import read_labels
 from util.errors import UserError
 
@@ -94,7 +94,7 @@ def test_epochs_are_shuffled_each_anew_and_tests_are_not(three_scenes):
     orders = [next(iter(batches(epoch)))["pose"] for epoch in (0, 1, 0)]
     assert torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[1])
     assert torch.equal(orders[0].sort(dim=0).values, dataset.poses.sort(dim=0).values)
-    assert torch.equal(torch.cat([batch["pose"] for batch in test_batches(dataset, 3, 0)]), dataset.poses)
+    assert torch.equal(torch.cat([batch["pose"] for batch in ordered_batches(dataset, 3, 0)]), dataset.poses)
 
 
 ROW = "a,train,s,a/1.png,1,2,3,1,0,0,0"

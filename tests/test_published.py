@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from conftest import MINI, PUBLISHED, ROOT, needs_real_frames, run_well
 
-from datasets.camera_poses import read_image, test_transform
+from datasets.camera_poses import read_image, test_transform as centre_view
 from datasets.labels import read_labels
 
 pytestmark = needs_real_frames
@@ -22,7 +22,7 @@ def test_labels(tmp_path_factory):
 
 def test_transform_equals_the_published_one():
     golden = np.load(ROOT / "tests" / "golden" / "test-transform.npz")
-    ours = test_transform()(read_image(MINI / "redkitchen" / "seq-01" / "frame-000000.color.jpg")).numpy()
+    ours = centre_view()(read_image(MINI / "redkitchen" / "seq-01" / "frame-000000.color.jpg")).numpy()
     assert np.abs(ours[:, golden["rows"]] - golden["frame"]).max() <= 0.02
     assert np.abs(ours.mean(axis=(1, 2)) - golden["frame_mean"]).max() <= 0.02
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_script, run_well, weights_of, write_labels, write_scene
 
-from datasets.camera_poses import CameraPoseDataset, test_transform
+from datasets.camera_poses import CameraPoseDataset, test_transform as centre_view
 
 SCRIPTS = ("main.py", "main_learn_pose_encoding.py", "main_learn_multiscene_pose_encoding.py", "main_refine_apr.py")
 SMALL_TRANSFORMER = [f"num_{branch}_{part}_layers=1" for branch in ("t", "rot") for part in ("encoder", "decoder")]
@@ -166,7 +166,7 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     output, table = scenes_of("main_learn_multiscene_pose_encoding.py", "cellar.csv", apr, "--encoder_checkpoint_path", pae,
                               out="pae_predicted.csv")
     assert table["predicted_scene"].tolist() == alone["predicted_scene"].tolist()
-    assert f"The APR's own median: " in output and "Scene cellar (index 1): 6 frames" in output
+    assert "The APR's own median: " in output and "Scene cellar (index 1): 6 frames" in output
 
     refiner = weights_of(run_here("main_refine_apr.py", *arguments("ems-transposenet", "train", "both.csv", apr, pae)))
     assert refiner.name.endswith("_rpr_final.pth")
@@ -243,7 +243,7 @@ def test_the_teacher_runs_once_over_the_frames_whatever_the_paes_input(posenet, 
 def test_no_augment_trains_on_the_test_transform(posenet, layout, images_seen):
     arguments, _ = posenet
     _, seen = images_seen("main.py", *arguments("train", "attic.csv"), "n_workers=0", "no_augment=true", "n_epochs=1")
-    dataset = CameraPoseDataset(layout, layout / "attic.csv", test_transform())
+    dataset = CameraPoseDataset(layout, layout / "attic.csv", centre_view())
     assert all(any(torch.equal(image, dataset[i]["img"]) for image in seen) for i in range(6))
     _, seen = images_seen("main.py", *arguments("train", "attic.csv"), "n_workers=0", "n_epochs=1")
     assert not any(any(torch.equal(image, dataset[i]["img"]) for image in seen) for i in range(6))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from models import APR_NAMES
 from util.config import load_config
 from util.errors import UserError
+from util.files import same_file
 
 
 def parser(description, models):
@@ -112,7 +113,7 @@ def _check_predictions_path(args):
     if os.path.isdir(path):
         raise UserError(f"--predictions_path {path}: is a folder; name a file")
     for labels_file in (args.labels_file, getattr(args, "ref_poses_file", None)):
-        if labels_file and os.path.exists(path) and os.path.exists(labels_file) and os.path.samefile(path, labels_file):
+        if labels_file and same_file(path, labels_file):
             raise UserError(f"--predictions_path {path}: is the label file {labels_file}, which must stay; name another")
 
 

@@ -1,9 +1,14 @@
-"""Writing files whole or not at all."""
+"""Telling files apart, and writing them whole or not at all."""
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from util.errors import UserError
+
+
+def same_file(path, other):
+    """Whether two paths lead to one file that is there."""
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 @contextmanager

@@ -4,8 +4,9 @@ import os
 import torch
 import torch.nn.functional as F
 
-from datasets.labels import poses_of, read_labels
+from datasets.labels import poses_of, read_labels, scene_indices
 from util.errors import UserError
+from util.files import same_file
 
 CHUNK = 1024  # queries at a time, so that memory grows with the references alone
 
@@ -50,7 +51,7 @@ def read_references(path, dataset, scene_names, num_scenes=None):
     scenes are all 0. Raises UserError where the file is the tested one or shares a frame with it, and where the
     scenes' order is not known.
     """
-    if os.path.exists(path) and os.path.samefile(path, dataset.labels_file):
+    if same_file(path, dataset.labels_file):
         raise UserError(f"--ref_poses_file {path} is the label file under test, which holds the answers; give the training "
                         f"labels")
     labels = read_labels(path)
@@ -66,5 +67,4 @@ def read_references(path, dataset, scene_names, num_scenes=None):
     if scene_names is None and len(names) != num_scenes:
         raise UserError(f"--ref_poses_file {path}: {len(names)} scenes, but the model has {num_scenes}: their order "
                         f"is not known; give --preset or scene_names")
-    index = {name: i for i, name in enumerate(names)}
-    return references, torch.tensor([index.get(scene, -1) for scene in labels["scene"]])
+    return references, torch.tensor(scene_indices(labels, names))

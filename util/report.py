@@ -2,10 +2,10 @@
 import logging
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
 from datasets.labels import POSE_COLUMNS, write_labels
+from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
 from util.metrics import medians, pose_err
@@ -16,7 +16,7 @@ RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 def scene_names_of(model_name, config, checkpoint_path):
     """A multi-scene model's scenes in order: the config's, else those of the JSON beside its weights, else None; always
     None for a single-scene model. Raises UserError for names in the JSON that cannot be its scenes."""
-    if model_name == "posenet":
+    if model_name in SINGLE_SCENE_APRS:
         return None
     if "scene_names" in config:
         return config["scene_names"]
