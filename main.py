@@ -14,6 +14,7 @@ def main():
     import torch.nn.functional as F
 
     from datasets.camera_poses import CameraPoseDataset, test_batches, test_transform, train_batches, train_transform
+    from datasets.labels import log_summary
     from models import load_apr
     from util import engine
     from util.errors import UserError
@@ -38,6 +39,7 @@ def main():
                                     names, run.seed)
         if multi_scene:
             dataset.require_scenes(config["num_scenes"], order_known=names is not None or args.checkpoint_path is None)
+        log_summary(args.labels_file, dataset.labels)
         if freeze:
             freeze_all_but(apr, config["freeze_exclude_phrase"])
             if not any(p.requires_grad for name, p in apr.named_parameters() if name.startswith("regressor_head")):

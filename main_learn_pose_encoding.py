@@ -14,6 +14,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     import torch.nn.functional as F
 
     from datasets.camera_poses import CameraPoseDataset, test_batches, test_transform
+    from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
     from util import engine
     from util.errors import UserError
@@ -32,6 +33,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
 
     if args.mode == "train":
+        log_summary(args.labels_file, dataset.labels)
         latents = compute_latents(apr, dataset, config, run.device)
         pae_input = "pose" if config.get("pae_input", "estimated") == "true" else "estimate"
         pose_loss = CameraPoseLoss(config).to(run.device)

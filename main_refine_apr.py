@@ -21,6 +21,7 @@ def main():
     import torch
 
     from datasets.camera_poses import CameraPoseDataset, epoch_generator, test_batches, test_transform
+    from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
     from models.checkpoints import fill, read_checkpoint
     from models.pose_refiner import PoseRefiner
@@ -51,6 +52,7 @@ def main():
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
 
     if args.mode == "train":
+        log_summary(args.labels_file, dataset.labels)
         if multi_scene:
             dataset.require_scenes(config["num_scenes"], order_known=names is not None)
         latents = compute_latents(apr, dataset, config, run.device)

@@ -1,19 +1,30 @@
-"""Label files: `scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4`, a frame a row.
+"""Label files: `scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4`, a frame a row; and a command that checks and mends them.
 
 The position is in metres; the quaternion is scalar first. A row is named by its number in the file as an editor or a
 spreadsheet shows it: the header is row 1.
+
+    python -m datasets.labels check FILE.csv [--dataset_path DIR]
+    python -m datasets.labels fix FILE.csv OUT.csv
 """
-import warnings
+import argparse
+import csv
+import logging
+import os
+import re
+import sys
+from collections import Counter
 from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
 
 from util.errors import UserError
-from util.files import whole_file
+from util.files import same_file, whole_file
 
 POSE_COLUMNS = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
 COLUMNS = ["scene", "split", "seq", "img_path", *POSE_COLUMNS]
+UNIT_TOLERANCE = 1e-3
+OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
 
 
 def read_labels(path):
@@ -22,33 +33,11 @@ def read_labels(path):
     Raises UserError, naming file and row, for a file that is missing, empty or no table, a missing column or cell, a
     pose that is not seven finite numbers with a quaternion other than zero, and an image path outside the dataset.
     """
-    try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows longer than the header
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                table = pd.read_csv(file, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False).fillna("")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.ParserWarning, pd.errors.EmptyDataError) as error:
-        raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
-    table = table.rename(columns=str.strip)
-    missing = [column for column in COLUMNS if column not in table]
-    if missing:
-        raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(COLUMNS)}")
-    if table.columns.duplicated().any():
-        raise UserError(f"{path}: column '{table.columns[table.columns.duplicated()][0]}' is there twice")
-    table = table[COLUMNS].assign(row=np.arange(len(table)) + 2)
-    table = table[(table[COLUMNS] != "").any(axis=1)].reset_index(drop=True)
+    table, unreadable = _parse(path)
+    for row, problem in unreadable:
+        raise UserError(f"{path}: row {row}: {problem}")
     if table.empty:
         raise UserError(f"{path}: no rows; at least one frame is needed")
-
-    for column in ("scene", "img_path"):
-        _refuse(path, table, column, table[column].str.strip() == "", "is empty")
-    for column in POSE_COLUMNS:
-        numbers = pd.to_numeric(table[column], errors="coerce").astype(float)
-        _refuse(path, table, column, ~(np.abs(numbers) < 1e30), "is not a finite number")
-        table[column] = numbers
-    zero = (np.abs(table[POSE_COLUMNS[3:]]) < 1e-30).all(axis=1)
-    _refuse(path, table, "q1", zero, "and q2, q3, q4 are 0: no orientation")
-    outside = [PurePath(p).is_absolute() or ".." in PurePath(p).parts for p in table["img_path"]]
-    _refuse(path, table, "img_path", np.array(outside), "leaves the dataset's folder")
     return table
 
 
@@ -69,7 +58,187 @@ def scene_indices(table, scene_names):
     return np.array([index.get(name, -1) for name in table["scene"]])
 
 
-def _refuse(path, table, column, wrong, problem):
-    if np.any(wrong):
-        first = int(np.argmax(np.asarray(wrong)))
-        raise UserError(f"{path}: row {table['row'][first]}: {column} '{table[column][first]}' {problem}")
+def natural(name):
+    """A key that sorts names with numbers in them by the numbers: seq2 before seq10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def find_problems(table, dataset_path=None):
+    """What is suspicious in a table of read_labels, in the order of its rows: a list of (row, kind, text).
+
+    dataset_path: the folder of the images; without it they are not looked for.
+    """
+    problems = []
+    rows, poses = table["row"].to_numpy(), poses_of(table)
+    first_listed = {}
+    for row, path in zip(rows, table["img_path"]):
+        first = first_listed.setdefault(os.path.normpath(path), row)
+        if first != row:
+            problems.append((row, "image listed twice", f"image {path} is listed in row {first} already"))
+        if dataset_path is not None and not os.path.isfile(os.path.join(dataset_path, path)):
+            problems.append((row, "missing image", f"image {os.path.join(dataset_path, path)} does not exist"))
+    norms = np.linalg.norm(poses[:, 3:], axis=1)
+    for i in np.flatnonzero(np.abs(norms - 1) > UNIT_TOLERANCE):
+        problems.append((rows[i], "quaternion that is not unit", f"the quaternion's norm is {norms[i]:.6g}, not 1"))
+    for before, i in _neighbours(table):
+        if poses[before, 3:] @ poses[i, 3:] < 0:
+            problems.append((rows[i], "change of the quaternion's sign", f"the quaternion has the other sign than the frame "
+                                                                         f"before it, {table['img_path'].iloc[before]}"))
+    for i, factor in _outliers(table):
+        problems.append((rows[i], "position far outside the rest", f"the position is {factor:.4g} times as far from the "
+                                                                   f"scene's median position as half of the frames are"))
+    return sorted(problems)
+
+
+def summarize(table, problems):
+    """One line on a table and its problems, a list of (row, kind, text): how many frames, and how many of each kind."""
+    counts = [f"{kind}: {n}" for kind, n in Counter(kind for _, kind, _ in problems).items()]
+    return ", ".join([f"{len(table)} frames", *(counts or ["nothing suspicious"])])
+
+
+def log_summary(path, table):
+    """Log what find_problems says of the table of the label file at `path`, in one line."""
+    problems = find_problems(table)
+    logging.info("Labels: %s%s", summarize(table, problems), f" (python -m datasets.labels check {path})" if problems else "")
+
+
+def mend(table):
+    """Mend what can be in a table of read_labels: frames listed again with the same pose and outliers are dropped,
+    quaternions normalised, and negated where that keeps their sign within a sequence.
+
+    Returns the mended table and what was done: a list of (row, text).
+    """
+    done = []
+    again = table.assign(img_path=table["img_path"].map(os.path.normpath)).duplicated(["img_path", *POSE_COLUMNS])
+    done += [(row, "dropped: its image is listed before, with the same pose") for row in table["row"][again]]
+    table = table[~again].reset_index(drop=True)
+    outliers = [i for i, _ in _outliers(table)]
+    done += [(row, "dropped: its position is far outside the rest") for row in table["row"][outliers]]
+    table = table.drop(index=outliers).reset_index(drop=True)
+
+    quaternions = poses_of(table)[:, 3:]
+    norms = np.linalg.norm(quaternions, axis=1)
+    not_unit = np.abs(norms - 1) > UNIT_TOLERANCE
+    done += [(row, f"quaternion normalised, its norm was {norm:.6g}")
+             for row, norm in zip(table["row"][not_unit], norms[not_unit])]
+    quaternions[not_unit] /= norms[not_unit, None]  # the others keep their digits
+    for before, i in _neighbours(table):
+        if quaternions[before] @ quaternions[i] < 0:
+            quaternions[i] *= -1
+            done.append((table["row"][i], "quaternion negated: the same rotation, in the sign of the frame before it"))
+    table[POSE_COLUMNS[3:]] = quaternions
+    return table, sorted(done)
+
+
+def _neighbours(table):
+    """Pairs of positions in the table of neighbouring frames of a sequence, in the order of the frames."""
+    names = table["img_path"].map(natural)
+    for _, positions in table.groupby(["scene", "split", "seq"], sort=False).indices.items():
+        ordered = sorted(positions, key=lambda i: names.iloc[i])
+        yield from zip(ordered, ordered[1:])
+
+
+def _outliers(table):
+    """(position in the table, distance over the median distance) of the frames that are far outside their scene."""
+    for positions in table.groupby("scene", sort=False).indices.values():
+        points = poses_of(table)[positions, :3]
+        distances = np.linalg.norm(points - np.median(points, axis=0), axis=1)
+        typical = np.median(distances)
+        if typical > 0:  # else most frames are in one place, which says nothing of the others
+            yield from ((i, d / typical) for i, d in zip(positions, distances) if d > OUTLIER_FACTOR * typical)
+
+
+def _parse(path):
+    """A label file's table as read_labels gives it, without its unreadable rows, and those: a list of (row, problem)."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
+    if not lines:
+        raise UserError(f"{path}: not a readable label file: it is empty; its first row must be {','.join(COLUMNS)}")
+    header, *lines = lines
+    header = [name.strip() for name in header]
+    missing = [column for column in COLUMNS if column not in header]
+    if missing:
+        raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(COLUMNS)}")
+    twice = [column for column, n in Counter(header).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}: column '{twice[0]}' is there twice")
+
+    places = [header.index(column) for column in COLUMNS]
+    rows, unreadable = [], []
+    for row, line in enumerate(lines, start=2):
+        if not any(line):
+            continue
+        cells = line + [""] * (len(header) - len(line))
+        frame, problem = _parse_frame([cells[place] for place in places])
+        if len(line) > len(header):
+            problem = f"{len(line)} cells, but the header has {len(header)}"
+        if problem:
+            unreadable.append((row, problem))
+        else:
+            rows.append([*frame, row])
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "row"])
+    return table.astype({**dict.fromkeys(COLUMNS, str), **dict.fromkeys(POSE_COLUMNS, float), "row": int}), unreadable
+
+
+def _parse_frame(cells):
+    """A frame of a row's cells in the order of COLUMNS, with numbers for the pose, and what is wrong with it or None."""
+    scene, split, seq, path, *numbers = cells
+    for column, cell in (("scene", scene), ("img_path", path)):
+        if not cell.strip():
+            return None, f"{column} '{cell}' is empty"
+    pose = []
+    for column, cell in zip(POSE_COLUMNS, numbers):
+        try:
+            pose.append(float(cell))
+        except ValueError:
+            pose.append(np.nan)
+        if not abs(pose[-1]) < 1e30:
+            return None, f"{column} '{cell}' is not a finite number"
+    if max(map(abs, pose[3:])) < 1e-30:
+        return None, "q1, q2, q3 and q4 are 0: no orientation"
+    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
+        return None, f"img_path '{path}' leaves the dataset's folder"
+    return [scene, split, seq, path, *pose], None
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m datasets.labels", description="Check or mend a label file.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="list what is wrong with a label file, row by row; exit status 1 if anything is")
+    check.add_argument("labels_file", metavar="FILE.csv")
+    check.add_argument("--dataset_path", metavar="DIR", help="the folder of the images, to find missing ones (default: none)")
+    fix = commands.add_parser("fix", help="write a label file without what can be mended, and list what was done")
+    fix.add_argument("labels_file", metavar="FILE.csv")
+    fix.add_argument("output", metavar="OUT.csv")
+    args = parser.parse_args()
+    table, unreadable = _parse(args.labels_file)
+
+    if args.command == "check":
+        if args.dataset_path is not None and not os.path.isdir(args.dataset_path):
+            raise UserError(f"--dataset_path {args.dataset_path}: no such folder; give the one that img_path is relative to")
+        problems = [(row, "unreadable row", problem) for row, problem in unreadable]
+        problems = sorted(problems + find_problems(table, args.dataset_path))
+        for row, _, problem in problems:
+            print(f"row {row}: {problem}")
+        print(f"{args.labels_file}: {summarize(table, problems)}")
+        sys.exit(1 if problems else 0)
+
+    if same_file(args.labels_file, args.output):
+        raise UserError(f"{args.output} is the file to mend, which stays as it is; name another")
+    mended, done = mend(table)
+    if mended.empty:
+        raise UserError(f"{args.labels_file}: no readable row; nothing to write")
+    done = sorted(done + [(row, f"dropped: {problem}") for row, problem in unreadable])
+    for row, text in done:
+        print(f"row {row}: {text}")
+    write_labels(args.output, mended)
+    print(f"{args.output}: {summarize(mended, find_problems(mended))}")
+
+
+if __name__ == "__main__":
+    from util import cli
+
+    cli.run(main)

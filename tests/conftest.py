@@ -61,6 +61,19 @@ def run_here(script, *arguments):
     return output.getvalue()
 
 
+def run_module_here(module, *arguments):
+    """Run `python -m module` within this process; returns what it printed, and its exit status."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.setattr(sys, "argv", [module, *map(str, arguments)])
+        patch.delitem(sys.modules, module, raising=False)  # a module that is imported already would be run again, with a warning
+        try:
+            runpy.run_module(module, run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+    return output.getvalue(), status
+
+
 def weights_of(output):
     """The weights that a training names in its last line."""
     last = output.rstrip().splitlines()[-1]

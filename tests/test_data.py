@@ -112,13 +112,13 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
     ([ROW, "", ROW.replace("2,3", "nan,3")], "row 4: t2 'nan' is not a finite number"),
     ([ROW.replace("3,1", "inf,1")], "row 2: t3 'inf' is not a finite number"),
     (["a,train,s,a/1.png,1,2,3,1,0"], "row 2: q3 '' is not a finite number"),
-    ([ROW.replace("1,0,0,0", "0,0,0,0")], "row 2: q1 '0.0' and q2, q3, q4 are 0"),
+    ([ROW.replace("1,0,0,0", "0,0,0,0")], "row 2: q1, q2, q3 and q4 are 0: no orientation"),
     ([ROW.replace("a/1.png", "")], "row 2: img_path '' is empty"),
     ([ROW.replace("a/1.png", "../1.png")], "row 2: img_path '../1.png' leaves the dataset's folder"),
     ([ROW.replace("a/1.png", "/1.png")], "row 2: img_path '/1.png' leaves the dataset's folder"),
-    ([ROW + ",9,9"], "not a readable label file"),
+    ([ROW + ",9,9"], "row 2: 13 cells, but the header has 11"),
     ([ROW.replace("1,2,3", "1e39,2,3")], "row 2: t1 '1e39' is not a finite number"),
-    ([ROW, ROW + ",9,9"], "not a readable label file"),
+    ([ROW, ROW + ",9,9"], "row 3: 13 cells, but the header has 11"),
 ])
 def test_a_bad_label_is_named_by_file_and_row(tmp_path, rows, problem):
     path = write_labels(tmp_path / "labels.csv", rows)
