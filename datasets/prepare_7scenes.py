@@ -1,0 +1,126 @@
+"""Label files of 7Scenes, from its official download (or rooms of one's own in the same layout).
+
+    python -m datasets.prepare_7scenes DATASET_PATH [--download]
+
+The layout: <scene>/TrainSplit.txt and TestSplit.txt name sequences (lines like "sequence1"); <scene>/seq-01/ holds
+frame-000000.color.png and frame-000000.pose.txt, the 4 x 4 matrix from camera to world in metres. A label is the
+matrix's translation, and its rotation as a unit quaternion, scalar first and not negative.
+"""
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from transforms3d.quaternions import mat2quat
+
+from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, write_label_files
+from datasets.labels import COLUMNS, natural
+from util.errors import UserError
+
+URL = "http://download.microsoft.com/download/2/8/5/28564B23-0828-408F-8631-23B1EFF1DAC8"
+LICENCE = "https://www.microsoft.com/en-us/research/project/rgb-d-dataset-7-scenes/"
+SCENES = ("chess", "fire", "heads", "office", "pumpkin", "redkitchen", "stairs")
+SPLIT_FILES = {"train": "TrainSplit.txt", "test": "TestSplit.txt"}
+RIGID_TOLERANCE = 0.1
+
+
+def is_scene(folder):
+    """Whether a folder is laid out as a scene, be it incomplete."""
+    return any((folder / name).exists() for name in SPLIT_FILES.values()) or any(
+        path.is_dir() or path.suffix == ".zip" for path in folder.glob("seq-*"))
+
+
+def read_scene(folder):
+    """The labels of a scene's folder: {split: DataFrame with labels.COLUMNS}, in the order of sequences and frames.
+
+    Raises UserError for a split file that is missing, or names no sequence, one that is not there, or one twice, and as
+    read_sequence does.
+    """
+    tables, named = {}, {}
+    for split, file_name in SPLIT_FILES.items():
+        sequences = read_split(folder / file_name)
+        for sequence, place in sequences:
+            if sequence in named:
+                raise UserError(f"{place}: {sequence} is named in {named[sequence]} already; name each sequence once")
+            named[sequence] = place
+            if not (folder / sequence).is_dir():
+                raise UserError(f"{place}: there is no folder {folder / sequence}")
+        rows = [[folder.name, split, sequence, f"{folder.name}/{sequence}/{image}", *pose]
+                for sequence in sorted((sequence for sequence, _ in sequences), key=natural)
+                for image, pose in read_sequence(folder / sequence)]
+        tables[split] = pd.DataFrame(rows, columns=COLUMNS)
+    unnamed = sorted(path.name for path in folder.glob("seq-*") if path.is_dir() and path.name not in named)
+    if unnamed:
+        print(f"{folder}: in neither split, and left out: {', '.join(unnamed)}")
+    return tables
+
+
+def read_split(path):
+    """The sequences that a split file names: a list of (folder, such as 'seq-01', and where it is named)."""
+    sequences = []
+    for number, line in enumerate(read_lines(path), start=1):
+        name = re.fullmatch(r"sequence\s*(\d{1,6})", line, re.IGNORECASE)
+        if line and not name:
+            raise UserError(f"{path}: line {number}: '{line}' is no sequence; a line must be like sequence1")
+        if line:
+            sequences.append((f"seq-{int(name[1]):02d}", f"{path}: line {number}"))
+    if not sequences:
+        raise UserError(f"{path}: names no sequence; a line must be like sequence1")
+    return sequences
+
+
+def read_sequence(folder):
+    """The frames of a sequence's folder in their order: a list of (image's file name, pose of 7 numbers).
+
+    Raises UserError for a folder without frames, an image without pose, a pose without image, and as read_pose does.
+    """
+    names = [name for name in sorted(os.listdir(folder), key=natural) if name.startswith("frame-")]
+    poses = {name.removesuffix(".pose.txt") for name in names if name.endswith(".pose.txt")}
+    suffix = ".color.png" if any(name.endswith(".color.png") for name in names) else ".color.jpg"
+    images = [name for name in names if name.endswith(suffix)]
+    if not images and not poses:
+        raise UserError(f"{folder}: no frame-*.color.png and no frame-*.pose.txt in it")
+    for image in images:
+        if image.removesuffix(suffix) not in poses:
+            raise UserError(f"{folder / image}: an image without its pose, {image.removesuffix(suffix)}.pose.txt")
+    for frame in sorted(poses - {image.removesuffix(suffix) for image in images}):
+        raise UserError(f"{folder / frame}.pose.txt: a pose without its image, {frame}{suffix}")
+    return [(image, read_pose(folder / f"{image.removesuffix(suffix)}.pose.txt")) for image in images]
+
+
+def read_pose(path):
+    """The pose in a file of a 4 x 4 camera-to-world matrix: 7 numbers, the position in metres, then the quaternion.
+
+    Raises UserError for anything but 4 rows of 4 finite numbers that are a rigid motion within RIGID_TOLERANCE.
+    """
+    rows = [line.split() for line in read_lines(path) if line]
+    if [len(row) for row in rows] != [4, 4, 4, 4]:
+        raise UserError(f"{path}: {len(rows)} rows with {sum(map(len, rows))} numbers; a pose is 4 rows of 4")
+    try:
+        matrix = np.array(rows, dtype=float)
+    except ValueError as error:
+        raise UserError(f"{path}: not a matrix of numbers: {error}") from error
+    if not np.isfinite(matrix).all():
+        raise UserError(f"{path}: {matrix[~np.isfinite(matrix)][0]} in it; a pose must be finite numbers")
+    rotation = matrix[:3, :3]
+    skew = max(np.abs(rotation @ rotation.T - np.eye(3)).max(), np.abs(matrix[3] - [0, 0, 0, 1]).max())
+    if skew > RIGID_TOLERANCE or np.linalg.det(rotation) <= 0:
+        raise UserError(f"{path}: no rotation and translation; a pose is a rotation of 3 x 3, the position in the fourth "
+                        f"column, and a last row of 0 0 0 1")
+    return [round(float(value), 9) for value in (*matrix[:3, 3], *mat2quat(rotation))]
+
+
+def main():
+    archives = {scene: f"{scene}.zip" for scene in SCENES}
+    args = parse_arguments("prepare_7scenes", "7Scenes", URL, archives)
+    scenes = get_scenes(args, "7Scenes", LICENCE, archives, is_scene, inner="seq-*.zip")
+    with reading(args.dataset_path):
+        tables = {scene: read_scene(Path(args.dataset_path) / scene) for scene in scenes}
+    write_label_files(args.labels_path, "abs_7scenes_pose.csv", "7scenes_all_scenes.csv", tables, SCENES)
+
+
+if __name__ == "__main__":
+    from util import cli
+
+    cli.run(main)
