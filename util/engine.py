@@ -3,6 +3,7 @@ import logging
 import time
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -23,8 +24,9 @@ def train(run, model, pose_loss, batches, step, about):
 
     Adam and a step schedule by the config. Every n_freq_checkpoint epochs the weights go to
     <prefix>_checkpoint-<epoch>.pth and at the end to <prefix>_final.pth, the picture of the loss to
-    <prefix>_loss_fig.png. The final weights (and batch norm's statistics) are the mean over the steps of the last
-    `average_last` of the training (Izmailov et al., UAI 2018); without that key those of the last step, as published.
+    <prefix>_loss_fig.png. The final weights are the mean over the steps of the last `average_last` of the training, and
+    batch norm's statistics are taken anew for them, over one more epoch (Izmailov et al., UAI 2018, algorithm 1); without
+    that key they are those of the last step, as published.
     """
     config = run.config
     parameters = [p for module in (model, pose_loss) for p in module.parameters() if p.requires_grad]
@@ -36,6 +38,7 @@ def train(run, model, pose_loss, batches, step, about):
     n_samples = 0
     n_steps = n_epochs * len(batches(0))
     averaged = None
+    norms = {module: int(module.num_batches_tracked) for module in model.modules() if isinstance(module, _BatchNorm)}
     with logging_redirect_tqdm(), tqdm(total=n_steps, unit="batch", disable=None) as progress:
         for epoch in range(n_epochs):
             model.train()
@@ -53,7 +56,7 @@ def train(run, model, pose_loss, batches, step, about):
                 losses.append(loss)
                 progress.update()
                 if len(losses) > n_steps * (1 - config.get("average_last", 0)):
-                    averaged = averaged or AveragedModel(model, use_buffers=True)
+                    averaged = averaged or AveragedModel(model)
                     averaged.update_parameters(model)
                 if i % n_freq_print == 0:
                     errors = (e.mean().item() for e in pose_err(estimate.detach(), batch["pose"]))
@@ -63,8 +66,19 @@ def train(run, model, pose_loss, batches, step, about):
             if (epoch + 1) % n_freq_checkpoint == 0:
                 save_weights(f"{run.prefix}_checkpoint-{epoch + 1}.pth", model.state_dict(), about)
 
+    if averaged:
+        model.load_state_dict(averaged.module.state_dict())
+        trained = [module for module, n_batches in norms.items() if module.num_batches_tracked > n_batches]  # not frozen ones
+        for module in trained:
+            module.reset_running_stats()
+            module.momentum = None  # a mean over all batches
+        if trained:
+            with torch.no_grad():
+                for batch in tqdm(batches(n_epochs), desc="batch norm", unit="batch", disable=None):
+                    step(to_device(batch, run.device))
+
     logging.info("Training completed")
-    save_weights(f"{run.prefix}_final.pth", (averaged.module if averaged else model).state_dict(), about)
+    save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
     plot_loss(f"{run.prefix}_loss_fig.png", samples, torch.stack(losses).tolist())
     logging.info("Weights: %s_final.pth", run.prefix)
 
