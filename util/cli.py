@@ -1,5 +1,7 @@
 """What the scripts share: arguments, logging, configuration, seeds and device. Imports nothing heavy before it must."""
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -79,6 +81,8 @@ def start(args, suffix="", sections=()):
 
     torch.manual_seed(args.seed)
     device = _device(args.device, config.get("device_id", "cuda:0"))
+    if device.type == "cpu":
+        _keep_freed_memory()
     return SimpleNamespace(args=args, config=config, device=device, seed=args.seed, prefix=prefix + suffix)
 
 
@@ -139,6 +143,15 @@ def _start_log(output_dir):
     logging.captureWarnings(True)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     return prefix
+
+
+def _keep_freed_memory():
+    """Tell glibc to keep freed memory. By default it gives large blocks back at once, and on a CPU every step of a training
+    pays again for the pages of all its activations, which takes as long as computing them."""
+    with contextlib.suppress(OSError, AttributeError):  # another system's library has no mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 64 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (-1: never), M_TOP_PAD
+            mallopt(parameter, value)
 
 
 def _device(asked, preferred):
