@@ -128,6 +128,7 @@ CASES = {
                                ["scene_names has 2 names but num_scenes is 1"]),
     "fine-tuning scenes of unknown order": (apr("ems-transposenet", more=["--checkpoint_path", "ems-transposenet.pth"]),
                                             ["train.csv: 1 scenes, but the model has 2: their order is not known"]),
+    "one endpoint": (apr("ems-transposenet", more=["--set", 'reduction=["reduction_4"]']), ["reduction is", "a list of two endpoints"]),
     "unknown key": (apr(more=["--set", "n_epoch=3"]), ["unknown key 'n_epoch'; did you mean n_epochs?"]),
     "no value": (apr(more=["--set", "n_epochs"]), ["--set n_epochs: not of the form key=value"]),
     "value of a wrong type": (apr(more=["--set", "n_epochs=1.5"]), ["n_epochs is 1.5, but it must be a whole number"]),
