@@ -92,7 +92,7 @@ def get_scenes(args, dataset, licence, archives, is_scene, inner=None):
     if not wanted:
         with reading(root):
             wanted = [path.name for path in root.iterdir()
-                      if path.is_dir() and not path.name.startswith(".") and is_scene(path)]
+                      if path.is_dir() and not path.name.startswith(".") and path.suffix != ".part" and is_scene(path)]
     if not wanted:
         raise UserError(f"{root}: no scene in it; it must hold the scenes' folders or archives, or add --download")
     if inner:
@@ -144,6 +144,9 @@ def unpack(archive, folder, inner=None, within=None):
     try:
         with zipfile.ZipFile(archive) as file:
             members = file.infolist()
+            if members and min(member.header_offset for member in members) != 0:
+                # Cut off behind an archive within it, whose directory was taken for its own.
+                raise zipfile.BadZipFile("its directory is missing")
             for member in members:
                 _refuse_outside(name, member)
             damaged = file.testzip()
@@ -178,23 +181,25 @@ def unpack_inner(folder, pattern, within=None):
             archive.unlink()
 
 
-def write_label_files(labels_path, prefix, all_scenes_file, tables, official, left_out=()):
-    """Write the label files of a dataset: one a scene and split, and one with the training rows of all scenes.
+def write_label_files(args, prefix, all_scenes_file, official, tables):
+    """Write the label files of a dataset: one a scene and split, and one with the training rows of all scenes, if no scene
+    was asked for by name.
 
-    tables: {scene: {split: DataFrame with labels.COLUMNS}}. prefix: what the names begin with, before _<scene>_<split>.csv.
-    official: the scenes that the papers' all-scenes file has. left_out: scenes that it is to be without.
+    prefix: what the names begin with, before _<scene>_<split>.csv. official: the scenes that the papers' all-scenes file
+    has; where one of them is there, ours has no others. tables: {scene: {split: DataFrame with labels.COLUMNS}}.
     """
     files = {f"{prefix}_{scene}_{split}.csv": table for scene in sorted(tables) for split, table in tables[scene].items()}
-    together = [scene for scene in sorted(tables) if scene not in left_out]
-    if together:
+    together = [scene for scene in sorted(tables) if scene in official] or sorted(tables)
+    if not args.scenes:
         files[all_scenes_file] = pd.concat([tables[scene]["train"] for scene in together])
     for name, table in files.items():
-        write_labels(Path(labels_path) / name, table)
-        print(f"{Path(labels_path) / name}: {len(table)} frames")
-    missing = [scene for scene in official if scene not in tables]
-    if together and 0 < len(missing) < len(official):
-        print(f"{all_scenes_file} is without {', '.join(missing)}: scene indices are ranks among its scenes, and differ "
-              f"from those of the full file")
+        write_labels(Path(args.labels_path) / name, table)
+        print(f"{Path(args.labels_path) / name}: {len(table)} frames")
+    if args.scenes:
+        print(f"{all_scenes_file} is written where all scenes are prepared, without --scenes")
+    elif set(together) != set(official):
+        print(f"{all_scenes_file} has {', '.join(together)}, not {', '.join(official)}: scene indices are ranks among its "
+              f"scenes")
 
 
 def read_lines(path):

@@ -36,8 +36,6 @@ def read_labels(path):
     table, unreadable = _parse(path)
     for row, problem in unreadable:
         raise UserError(f"{path}: row {row}: {problem}")
-    if table.empty:
-        raise UserError(f"{path}: no rows; at least one frame is needed")
     return table
 
 
@@ -112,9 +110,9 @@ def mend(table):
     again = table.assign(img_path=table["img_path"].map(os.path.normpath)).duplicated(["img_path", *POSE_COLUMNS])
     done += [(row, "dropped: its image is listed before, with the same pose") for row in table["row"][again]]
     table = table[~again].reset_index(drop=True)
-    outliers = [i for i, _ in _outliers(table)]
-    done += [(row, "dropped: its position is far outside the rest") for row in table["row"][outliers]]
-    table = table.drop(index=outliers).reset_index(drop=True)
+    while outliers := [i for i, _ in _outliers(table)]:  # without these, the rest may be closer together
+        done += [(row, "dropped: its position is far outside the rest") for row in table["row"][outliers]]
+        table = table.drop(index=outliers).reset_index(drop=True)
 
     quaternions = poses_of(table)[:, 3:]
     norms = np.linalg.norm(quaternions, axis=1)
@@ -179,6 +177,8 @@ def _parse(path):
             unreadable.append((row, problem))
         else:
             rows.append([*frame, row])
+    if not rows and not unreadable:
+        raise UserError(f"{path}: no rows; at least one frame is needed")
     table = pd.DataFrame(rows, columns=[*COLUMNS, "row"])
     return table.astype({**dict.fromkeys(COLUMNS, str), **dict.fromkeys(POSE_COLUMNS, float), "row": int}), unreadable
 
@@ -192,7 +192,7 @@ def _parse_frame(cells):
     pose = []
     for column, cell in zip(POSE_COLUMNS, numbers):
         try:
-            pose.append(float(cell))
+            pose.append(float(cell if cell.isascii() and "_" not in cell else "nan"))  # Python's own number words aside
         except ValueError:
             pose.append(np.nan)
         if not abs(pose[-1]) < 1e30:
@@ -204,38 +204,44 @@ def _parse_frame(cells):
     return [scene, split, seq, path, *pose], None
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="python -m datasets.labels", description="Check or mend a label file.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="list what is wrong with a label file, row by row; exit status 1 if anything is")
-    check.add_argument("labels_file", metavar="FILE.csv")
-    check.add_argument("--dataset_path", metavar="DIR", help="the folder of the images, to find missing ones (default: none)")
-    fix = commands.add_parser("fix", help="write a label file without what can be mended, and list what was done")
-    fix.add_argument("labels_file", metavar="FILE.csv")
-    fix.add_argument("output", metavar="OUT.csv")
-    args = parser.parse_args()
+def check(args):
     table, unreadable = _parse(args.labels_file)
+    if args.dataset_path is not None and not os.path.isdir(args.dataset_path):
+        raise UserError(f"--dataset_path {args.dataset_path}: no such folder; give the one that img_path is relative to")
+    problems = [(row, "unreadable row", problem) for row, problem in unreadable]
+    problems = sorted(problems + find_problems(table, args.dataset_path))
+    for row, _, problem in problems:
+        print(f"row {row}: {problem}")
+    print(f"{args.labels_file}: {summarize(table, problems)}")
+    sys.exit(1 if problems else 0)
 
-    if args.command == "check":
-        if args.dataset_path is not None and not os.path.isdir(args.dataset_path):
-            raise UserError(f"--dataset_path {args.dataset_path}: no such folder; give the one that img_path is relative to")
-        problems = [(row, "unreadable row", problem) for row, problem in unreadable]
-        problems = sorted(problems + find_problems(table, args.dataset_path))
-        for row, _, problem in problems:
-            print(f"row {row}: {problem}")
-        print(f"{args.labels_file}: {summarize(table, problems)}")
-        sys.exit(1 if problems else 0)
 
+def fix(args):
     if same_file(args.labels_file, args.output):
         raise UserError(f"{args.output} is the file to mend, which stays as it is; name another")
+    table, unreadable = _parse(args.labels_file)
     mended, done = mend(table)
     if mended.empty:
         raise UserError(f"{args.labels_file}: no readable row; nothing to write")
-    done = sorted(done + [(row, f"dropped: {problem}") for row, problem in unreadable])
-    for row, text in done:
-        print(f"row {row}: {text}")
     write_labels(args.output, mended)
+    for row, text in sorted(done + [(row, f"dropped: {problem}") for row, problem in unreadable]):
+        print(f"row {row}: {text}")
     print(f"{args.output}: {summarize(mended, find_problems(mended))}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m datasets.labels", description="Check or mend a label file.")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("check", help="list what is wrong with a label file, row by row; exit status 1 if anything is")
+    command.add_argument("labels_file", metavar="FILE.csv")
+    command.add_argument("--dataset_path", metavar="DIR", help="the folder of the images, to find missing ones (default: none)")
+    command.set_defaults(function=check)
+    command = commands.add_parser("fix", help="write a label file without what can be mended, and list what was done")
+    command.add_argument("labels_file", metavar="FILE.csv")
+    command.add_argument("output", metavar="OUT.csv", help="has the columns of a label file, and no others")
+    command.set_defaults(function=fix)
+    args = parser.parse_args()
+    args.function(args)
 
 
 if __name__ == "__main__":

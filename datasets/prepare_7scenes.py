@@ -101,8 +101,9 @@ def read_pose(path):
         matrix = np.array(rows, dtype=float)
     except ValueError as error:
         raise UserError(f"{path}: not a matrix of numbers: {error}") from error
-    if not np.isfinite(matrix).all():
-        raise UserError(f"{path}: {matrix[~np.isfinite(matrix)][0]} in it; a pose must be finite numbers")
+    absurd = ~(np.abs(matrix) < 1e30)
+    if absurd.any():
+        raise UserError(f"{path}: {matrix[absurd][0]} in it; a pose must be finite numbers")
     rotation = matrix[:3, :3]
     skew = max(np.abs(rotation @ rotation.T - np.eye(3)).max(), np.abs(matrix[3] - [0, 0, 0, 1]).max())
     if skew > RIGID_TOLERANCE or np.linalg.det(rotation) <= 0:
@@ -117,7 +118,7 @@ def main():
     scenes = get_scenes(args, "7Scenes", LICENCE, archives, is_scene, inner="seq-*.zip")
     with reading(args.dataset_path):
         tables = {scene: read_scene(Path(args.dataset_path) / scene) for scene in scenes}
-    write_label_files(args.labels_path, "abs_7scenes_pose.csv", "7scenes_all_scenes.csv", tables, SCENES)
+    write_label_files(args, "abs_7scenes_pose.csv", "7scenes_all_scenes.csv", SCENES, tables)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The layout: <Scene>/dataset_train.txt and dataset_test.txt, three header lines a
 the position in metres and the world-to-camera quaternion, scalar first; and the images that they name. The numbers are
 copied as they stand.
 """
-import math
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -21,7 +20,6 @@ ARCHIVES = {"KingsCollege": "251342/KingsCollege.zip", "OldHospital": "251340/Ol
             "ShopFacade": "251336/ShopFacade.zip", "StMarysChurch": "251294/StMarysChurch.zip",
             "GreatCourt": "251291/GreatCourt.zip"}
 FOUR_SCENES = ("KingsCollege", "OldHospital", "ShopFacade", "StMarysChurch")
-LEFT_OUT = ("GreatCourt", "Street")  # by the papers, which train on four scenes
 SPLIT_FILES = {"train": "dataset_train.txt", "test": "dataset_test.txt"}
 HEADER_LINES = 3
 
@@ -36,18 +34,22 @@ def read_scene(folder):
     """The labels of a scene's folder: {split: DataFrame with labels.COLUMNS}, in the order of sequences and frames, the
     pose as text.
 
-    Raises UserError as read_split does.
+    Raises UserError for an image that is listed twice, and as read_split does.
     """
-    tables, listed = {}, set()
+    tables, listed = {}, {}
     for split, file_name in SPLIT_FILES.items():
         frames = read_split(folder / file_name)
         frames.sort(key=lambda frame: (natural(str(frame[0].parent)), natural(frame[0].name)))
-        rows = [[folder.name, split, image.parent.name, f"{folder.name}/{image}", *numbers] for image, numbers in frames]
+        for image, _ in frames:
+            if image in listed:
+                raise UserError(f"{folder / file_name}: image {image} is listed in {listed[image]} already; list each once")
+            listed[image] = folder / file_name
+        rows = [[folder.name, split, str(image.parent), f"{folder.name}/{image}", *numbers] for image, numbers in frames]
         tables[split] = pd.DataFrame(rows, columns=COLUMNS)
-        listed |= {folder / image for image, _ in frames}
-    images = {path for path in folder.glob("seq*/**/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")}
-    if images - listed:
-        print(f"{folder}: {len(images - listed)} images in neither split, and left out")
+    unlisted = sorted(path for path in folder.glob("seq*/**/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+                      and path.relative_to(folder) not in listed)
+    if unlisted:
+        print(f"{folder}: {len(unlisted)} images without a pose, in neither split, and left out: {unlisted[0]} ...")
     return tables
 
 
@@ -86,7 +88,7 @@ def _is_frame(fields):
         numbers = [float(field) for field in fields[1:]]
     except ValueError:
         return False
-    return len(numbers) == 7 and all(map(math.isfinite, numbers)) and any(numbers[3:])
+    return len(numbers) == 7 and all(abs(number) < 1e30 for number in numbers) and max(map(abs, numbers[3:])) > 1e-30
 
 
 def main():
@@ -94,8 +96,7 @@ def main():
     scenes = get_scenes(args, "Cambridge Landmarks", LICENCE, ARCHIVES, is_scene)
     with reading(args.dataset_path):
         tables = {scene: read_scene(Path(args.dataset_path) / scene) for scene in scenes}
-    write_label_files(args.labels_path, "abs_cambridge_pose_sorted.csv", "cambridge_four_scenes.csv", tables, FOUR_SCENES,
-                      LEFT_OUT)
+    write_label_files(args, "abs_cambridge_pose_sorted.csv", "cambridge_four_scenes.csv", FOUR_SCENES, tables)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from util import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 MINI = SHARED / "data" / "7scenes_mini"
@@ -62,16 +64,16 @@ def run_here(script, *arguments):
 
 
 def run_module_here(module, *arguments):
-    """Run `python -m module` within this process; returns what it printed, and its exit status."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
-        patch.setattr(sys, "argv", [module, *map(str, arguments)])
-        patch.delitem(sys.modules, module, raising=False)  # a module that is imported already would be run again, with a warning
+    """Run a module's main within this process as `python -m` would; returns its exit status, stdout and stderr."""
+    output, errors = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+        patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
         try:
-            runpy.run_module(module, run_name="__main__")
+            cli.run(module.main)
             status = 0
-        except SystemExit as end:
-            status = end.code or 0
-    return output.getvalue(), status
+        except SystemExit as stopped:
+            status = stopped.code
+    return status, output.getvalue(), errors.getvalue()
 
 
 def weights_of(output):

@@ -1,9 +1,12 @@
 """`python -m datasets.labels`: what it finds in published and in made label files, and what it mends."""
+import os
 import re
 
 import pandas as pd
 import pytest
 from conftest import MINI, ROOT, SHARED, run_module_here, run_script, write_labels
+
+from datasets import labels
 
 LABELS = SHARED / "data" / "labels"
 needs_published_labels = pytest.mark.skipif(not LABELS.is_dir(), reason="the published label files are not at hand")
@@ -11,7 +14,7 @@ SIGN, OUTLIER, UNIT = "other sign", "median position", "norm is"
 
 
 def check(path, *more):
-    return run_module_here("datasets.labels", "check", path, *more)
+    return run_module_here(labels, "check", path, *more)
 
 
 def counts(output):
@@ -32,16 +35,16 @@ def counts(output):
     (MINI / "expected_test.csv", 0, 0, 0),
 ], ids=lambda value: getattr(value, "name", None))
 def test_published_label_files(tmp_path, path, signs, outliers, not_unit):
-    output, status = check(path)
+    status, output, _ = check(path)
     assert counts(output) == {SIGN: signs, OUTLIER: outliers, UNIT: not_unit}
     assert len(output.splitlines()) == signs + outliers + not_unit + 1  # and nothing else, but the summary
     assert status == (1 if signs + outliers + not_unit else 0)
 
     fixed = tmp_path / "fixed.csv"
-    assert run_module_here("datasets.labels", "fix", path, fixed)[1] == 0
+    assert run_module_here(labels, "fix", path, fixed)[0] == 0
     before, after = pd.read_csv(path), pd.read_csv(fixed)
     assert len(after) == len(before) - outliers
-    output, status = check(fixed)
+    status, output, _ = check(fixed)
     assert (output, status) == (f"{fixed}: {len(after)} frames, nothing suspicious\n", 0)
     kept = before.set_index("img_path").loc[after["img_path"]]
     assert (kept[["t1", "t2", "t3"]].to_numpy() == after[["t1", "t2", "t3"]].to_numpy()).all()
@@ -94,7 +97,7 @@ def test_every_kind_of_flaw_is_found_in_its_row(flawed):
 
 def test_fix_mends_and_says_what_it_did(flawed, tmp_path):
     fixed = tmp_path / "fixed.csv"
-    output, status = run_module_here("datasets.labels", "fix", flawed, fixed)
+    status, output, _ = run_module_here(labels, "fix", flawed, fixed)
     rows = [int(line.split(":")[0].removeprefix("row ")) for line in output.splitlines()[:-1]]
     assert status == 0 and rows == [11, 11, 13, 14, 15, 18]
     table = pd.read_csv(fixed)
@@ -106,18 +109,31 @@ def test_fix_mends_and_says_what_it_did(flawed, tmp_path):
     assert output.splitlines()[-1] == f"{fixed}: 14 frames, image listed twice: 1"
 
 
+def test_fix_leaves_no_outlier(tmp_path):
+    """The farthest are found first; without them the others are far outside what is left."""
+    places = (0, 1, -1, 1.2, -1.1, 11, -11.5, 12, -12.5, 200, 300)
+    path = write_labels(tmp_path / "spread.csv", [frame(i, position=f"{x},0,0") for i, x in enumerate(places)])
+    assert run_module_here(labels, "fix", path, tmp_path / "fixed.csv")[0] == 0
+    assert check(tmp_path / "fixed.csv")[0] == 0
+    left = list(pd.read_csv(tmp_path / "fixed.csv")["t1"])
+    assert left[:5] == [0, 1, -1, 1.2, -1.1] and 12.5 not in map(abs, left)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["check", "absent.csv"], ["absent.csv: not a readable label file: No such file"]),
+    (["check", "header.csv"], ["header.csv: no rows"]),
     (["check", "flawed.csv", "--dataset_path", "nowhere"], ["--dataset_path nowhere: no such folder"]),
     (["fix", "flawed.csv", "./flawed.csv"], ["./flawed.csv is the file to mend"]),
     (["fix", "unreadable.csv", "out.csv"], ["unreadable.csv: no readable row"]),
+    (["fix", "flawed.csv", "pipe"], ["pipe: cannot be written: is no file"]),
     (["fix", "flawed.csv", "flawed.csv/out.csv"], ["flawed.csv/out.csv: cannot be written"]),
 ])
-def test_bad_input_ends_in_one_line(flawed, monkeypatch, capsys, arguments, words):
+def test_bad_input_ends_in_one_line(flawed, monkeypatch, arguments, words):
     monkeypatch.chdir(flawed.parent)
+    os.mkfifo("pipe")
+    write_labels(flawed.parent / "header.csv", [])
     write_labels(flawed.parent / "unreadable.csv", [frame(1, position="x,y,z")])
     before = {path.name: path.read_bytes() for path in flawed.parent.glob("*.csv")}
-    _, status = run_module_here("datasets.labels", *arguments)
-    error = capsys.readouterr().err
+    status, _, error = run_module_here(labels, *arguments)
     assert status == 2 and error.count("\n") == 1 and all(word in error for word in words)
     assert {path.name: path.read_bytes() for path in flawed.parent.glob("*.csv")} == before

@@ -1,5 +1,4 @@
 """Label files from official downloads and from COLMAP models; and downloading, against a server that misbehaves."""
-import contextlib
 import csv
 import io
 import os
@@ -18,37 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MINI, ROOT, needs_real_frames, run_script
+from conftest import MINI, ROOT, needs_real_frames, run_module_here, run_script
 
 from datasets import downloads, prepare_7scenes, prepare_cambridge, prepare_colmap
 from datasets.labels import read_labels
-from util import cli
 
 TURN = "0 -1 0 {x}\n1 0 0 2\n0 0 1 3\n0 0 0 1\n"  # a quarter turn about z: the quaternion is (r, 0, 0, r), r = sqrt(1/2)
 
 
-def call(module, *arguments):
-    """Run a module's main within this process as `python -m` would; returns its exit status, stdout and stderr."""
-    output, errors = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-        patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-        try:
-            cli.run(module.main)
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code
-    return status, output.getvalue(), errors.getvalue()
-
-
 def call_well(module, *arguments):
-    status, output, errors = call(module, *arguments)
+    status, output, errors = run_module_here(module, *arguments)
     assert status == 0, errors
     return output
 
 
 def error_of(module, *arguments):
     """The one line on stderr of a run that must end with exit status 2."""
-    status, output, errors = call(module, *arguments)
+    status, output, errors = run_module_here(module, *arguments)
     assert status == 2 and errors.count("\n") == 1, output + errors
     return errors
 
@@ -132,18 +117,24 @@ def test_7scenes_label_files(tmp_path):
     names = {f"abs_7scenes_pose.csv_{scene}_{split}.csv"
              for scene in ("office", "chess", "attic") for split in ("train", "test")}
     assert {path.name for path in (tmp_path / "labels").iterdir()} == {*names, "7scenes_all_scenes.csv"}
-    assert len(read_labels(tmp_path / "labels/7scenes_all_scenes.csv")) == 9
     for row, x in zip(read_rows(tmp_path / "labels/abs_7scenes_pose.csv_chess_test.csv"), (20, 21, 22), strict=True):
         assert row[:4] == ["chess", "test", "seq-02", f"chess/seq-02/frame-{x - 20:06d}.color.png"]
         np.testing.assert_allclose(pose_of(row), [x, 2, 3, 0.5 ** 0.5, 0, 0, 0.5 ** 0.5], atol=1e-9)
     together = read_rows(tmp_path / "labels/7scenes_all_scenes.csv")
-    assert [row[0] for row in together] == ["attic"] * 3 + ["chess"] * 3 + ["office"] * 3
+    assert [row[0] for row in together] == ["chess"] * 3 + ["office"] * 3  # no other than the official ones
     assert {row[1] for row in together} == {"train"}
-    assert "without fire, heads, pumpkin, redkitchen, stairs" in output
+    assert "7scenes_all_scenes.csv has chess, office, not chess, fire" in output
 
-    shutil.rmtree(tmp_path / "labels")
-    call_well(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels", "--scenes", "office")
-    assert {row[0] for row in read_rows(tmp_path / "labels/7scenes_all_scenes.csv")} == {"office"}
+    # A scene asked for by name leaves the file of all scenes alone.
+    call_well(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels", "--scenes", "attic")
+    assert read_rows(tmp_path / "labels/7scenes_all_scenes.csv") == together
+
+
+def test_scenes_of_ones_own_make_the_file_of_all_scenes(tmp_path):
+    for scene in ("cellar", "attic", "cellar.part"):  # the last: what is being written, or was broken off
+        write_7scenes(tmp_path, scene)
+    call_well(prepare_7scenes, tmp_path, "--labels_path", tmp_path)
+    assert [row[0] for row in read_rows(tmp_path / "7scenes_all_scenes.csv")] == ["attic"] * 3 + ["cellar"] * 3
 
 
 def test_jpg_frames_do_where_there_are_no_png_ones(tmp_path):
@@ -168,7 +159,8 @@ def test_cambridge_label_files_copy_the_numbers_in_the_frames_order(tmp_path):
     together = read_rows(tmp_path / "cambridge_four_scenes.csv")
     assert [row[0] for row in together] == ["KingsCollege"] * 4 + ["ShopFacade"] * 4
     assert {row[1] for row in together} == {"train"}
-    assert "ShopFacade: 1 images in neither split" in output and "without OldHospital, StMarysChurch" in output
+    assert "ShopFacade: 1 images without a pose" in output and "seq2/frame00009.png" in output
+    assert "cambridge_four_scenes.csv has KingsCollege, ShopFacade, not" in output
 
 
 # COLMAP
@@ -274,9 +266,9 @@ def test_a_colmap_model_without_registered_images(tmp_path):
 
 
 def test_two_ways_to_split_exclude_each_other(tmp_path):
-    status, _, errors = call(prepare_colmap, tmp_path, tmp_path, "--every", "3", "--test_sequences", "seq1")
+    status, _, errors = run_module_here(prepare_colmap, tmp_path, tmp_path, "--every", "3", "--test_sequences", "seq1")
     assert status == 2 and "not allowed with" in errors
-    status, _, errors = call(prepare_colmap, tmp_path, tmp_path, "--every", "1")
+    status, _, errors = run_module_here(prepare_colmap, tmp_path, tmp_path, "--every", "1")
     assert status == 2 and "'1' is not a whole number from 2" in errors
 
 
@@ -306,6 +298,13 @@ def empty_dataset(scene):
 
 
 POSE = "seq-02/frame-000001.pose.txt"
+def cut_archive(share):
+    def break_it(scene):
+        path = write_archive(scene.parent / "fire.zip", scene)
+        truncate(path, int(share * path.stat().st_size))
+    return break_it
+
+
 SEVEN_SCENES_MISTAKES = {
     "no split file": (remove("TestSplit.txt"), "chess/TestSplit.txt: cannot be read: No such file"),
     "empty split file": (edit("TestSplit.txt", "sequence2", ""), "chess/TestSplit.txt: names no sequence"),
@@ -332,14 +331,16 @@ SEVEN_SCENES_MISTAKES = {
     "no dataset": (lambda scene: shutil.rmtree(scene.parent), "no such folder"),
     "truncated archive of a sequence": (lambda scene: (scene / "seq-03.zip").write_bytes(b"PK\3\4 and no more"),
                                         "chess/seq-03.zip: a truncated or damaged archive"),
-    "truncated archive of a scene": (lambda scene: truncate(write_archive(scene.parent / "fire.zip", scene), 5000),
-                                     "fire.zip: a truncated or damaged archive"),
+    **{f"archive of a scene cut off at {share}": (cut_archive(share), "fire.zip: a truncated or damaged archive")
+       for share in (0.3, 0.5, 0.75, 0.99, 0.999)},
     "archive of another scene": (lambda scene: write_archive(scene.parent / "fire.zip", scene),
                                  "fire.zip: holds no folder fire"),
 }
 CAMBRIDGE_MISTAKES = {
     "no split file": (remove("dataset_train.txt"), "ShopFacade/dataset_train.txt: cannot be read: No such file"),
     "image not there": (remove("seq3/frame00001.png"), "dataset_test.txt: line 5: image "),
+    "image in both splits": (edit("dataset_test.txt", "seq3/frame00001.png", "seq2/frame00001.png"),
+                             "dataset_test.txt: image seq2/frame00001.png is listed in "),
     "image outside": (edit("dataset_test.txt", "seq3/", "../seq3/"), "dataset_test.txt: line 4: image ../seq3"),
     "seven fields": (edit("dataset_test.txt", "seq3/frame00002.png", ""), "dataset_test.txt: line 4: '"),
     "nine fields": (edit("dataset_test.txt", "frame00002.png", "frame00002.png 1"), "dataset_test.txt: line 4: '"),
@@ -554,7 +555,7 @@ def test_a_scene_is_downloaded_whatever_the_connection(fault, server, chess, tmp
     server.requests.clear()
     shutil.rmtree(tmp_path / "labels")
     call_well(*chess_from(server, tmp_path, more=()))  # nothing to fetch: nothing to agree to
-    assert server.requests == [] and (tmp_path / "labels/7scenes_all_scenes.csv").exists()
+    assert server.requests == [] and (tmp_path / "labels/abs_7scenes_pose.csv_chess_test.csv").exists()
 
 
 @pytest.mark.parametrize("have, fault, asked", ((5000, None, ["bytes=5000-"]),

@@ -20,6 +20,8 @@ def whole_file(path, mode="w"):
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: cannot be written: is no file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, mode) as file:
