@@ -1,0 +1,117 @@
+"""From nothing to a trained, tested and refined model, on rooms that are rendered first: no download needed.
+
+    python demo.py [--multiscene]
+
+Runs the commands of the README one after the other, each printed as it would be typed, and ends with a table and a picture.
+"""
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+POSENET = ["--preset", "7Scenes", "--set", "backbone_type=mobilenet"]
+MS_TRANSFORMER = ["--set", "num_scenes=2", "hidden_dim=64", "nhead=4", "dim_feedforward=128", "num_t_encoder_layers=2",
+                  "num_t_decoder_layers=1", "num_rot_encoder_layers=2", "num_rot_decoder_layers=1",
+                  'reduction=["reduction_4", "reduction_4"]']
+# A few minutes on two cores instead of hours: fewer epochs, and the rooms' light does not change, so no colour jitter.
+TRAINING = {
+    "posenet": ["no_augment=true", "batch_size=16", "n_epochs=9", "lr_scheduler_step_size=3", "s_x=-2", "n_workers=0"],
+    "ems-transposenet": ["no_augment=true", "batch_size=16", "n_epochs=12", "lr_scheduler_step_size=4",
+                         "lr_scheduler_gamma=0.5", "lr=1e-3", "s_x=-2", "s_q=-4", "n_workers=0"],
+}
+AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3"]  # of the PAE and the refiner
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Render rooms, train, test and refine on them, and show the errors.")
+    parser.add_argument("--multiscene", action="store_true", help="a small MS-Transformer on two rooms (default: PoseNet on one)")
+    model, rooms = ("ems-transposenet", 2) if parser.parse_args().multiscene else ("posenet", 1)
+    names = [f"room-{i + 1}" for i in range(rooms)]
+    settings = POSENET if rooms == 1 else MS_TRANSFORMER
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    out = f"out/demo-{model}"
+    data, labels = f"{out}/data", f"{out}/labels"
+    if os.path.exists(out):
+        print(f"removing {out}, of an earlier demo")
+        shutil.rmtree(out)
+    begin = time.monotonic()
+
+    run("-m", "datasets.synthetic_scenes", data, "--scenes", *["room"] * rooms, "--frames", str(120 // rooms))
+    run("-m", "datasets.prepare_7scenes", data, "--labels_path", labels)
+    training_labels = f"{labels}/7scenes_all_scenes.csv"
+
+    def train(script, *weights, more=()):
+        return run(script, model, "train", "none", data, training_labels, "config.json", *weights, "--output_dir", out,
+                   *settings, *more)
+
+    def test(script, name, *weights):
+        for room in names:
+            run(script, model, "test", "none", data, f"{labels}/abs_7scenes_pose.csv_{room}_test.csv", "config.json", *weights,
+                "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)
+
+    pae_script = "main_learn_pose_encoding.py" if rooms == 1 else "main_learn_multiscene_pose_encoding.py"
+    apr = train("main.py", more=TRAINING[model])
+    test("main.py", "apr", "--checkpoint_path", apr)
+    pae = train(pae_script, apr, more=AUXILIARY)
+    test(pae_script, "pae", apr, "--encoder_checkpoint_path", pae)
+    refiner = train("main_refine_apr.py", apr, pae, more=AUXILIARY)
+    test("main_refine_apr.py", "refined", apr, pae, "--rpr_checkpoint_path", refiner, "--ref_poses_file", training_labels)
+
+    show(out, training_labels, {room: f"{labels}/abs_7scenes_pose.csv_{room}_test.csv" for room in names})
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes in all")
+
+
+def run(*command):
+    """Run a script, showing the command and what it prints but for the lines of frames, batches and settings. Returns the
+    weights that a training names in its last line."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        line = ""
+        for line in process.stdout:
+            if not line.startswith(("Command:", "Running with", "\t", "[Batch-", "Pose error:")):
+                print(line, end="", flush=True)
+    if process.returncode:
+        sys.exit(process.returncode)
+    return line.strip().removeprefix("Weights: ")
+
+
+def show(out, training_labels, test_labels):
+    """Print the table of median errors and draw the test paths. test_labels: {scene: label file}."""
+    import numpy as np
+    import torch
+
+    from datasets.labels import poses_of, read_labels
+    from util.metrics import pose_err
+    from util.plots import plot_paths
+    from util.references import pose_distances
+
+    training = read_labels(training_labels)
+    rows = {"training mean": [], "training pose nearest to it": [], "APR": [], "PAE": [], "refined": []}
+    truths = []
+    for scene, path in test_labels.items():
+        truth = torch.tensor(poses_of(read_labels(path)))
+        references = torch.tensor(poses_of(training[training["scene"] == scene]))
+        position, quaternions = references[:, :3].mean(dim=0), references[:, 3:]
+        # The mean rotation is the principal eigenvector of the quaternions' outer products (Markley et al., 2007).
+        mean = torch.cat((position, torch.linalg.eigh(quaternions.T @ quaternions).eigenvectors[:, -1]))
+        nearest = references[pose_distances(mean[None], references).argmin()]
+        rows["training mean"].append(mean.expand(len(truth), 7))
+        rows["training pose nearest to it"].append(nearest.expand(len(truth), 7))
+        for name in ("APR", "PAE", "refined"):
+            rows[name].append(torch.tensor(poses_of(read_labels(f"{out}/{name.lower()}_{scene}.csv"))))
+        truths.append(truth)
+    print("\n| | median position error | median orientation error |\n|---|---|---|")
+    for name, estimates in rows.items():
+        position, orientation = (np.median(errors) for errors in pose_err(torch.cat(estimates), torch.cat(truths)))
+        print(f"| {name} | {position:.3f} m | {orientation:.3f} deg |")
+    picture = os.path.join(out, "paths.png")
+    plot_paths(picture, {scene: (truths[i][:, :2], {name: rows[name][i][:, :2] for name in ("APR", "refined")})
+                         for i, scene in enumerate(test_labels)})
+    print(f"\nThe test paths from above: {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""`make demo`, in short: fewer frames and epochs, the same commands."""
+import re
+import shlex
+import sys
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+import demo
+
+
+@pytest.fixture
+def short_demo(tmp_path, monkeypatch):
+    """The repository in a folder of its own, where the demo's commands are cut short behind the user's back."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name != "out":
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    run, commands = demo.run, []
+
+    def run_short(*command):
+        commands.append(command)
+        more = ["--frames", "4", "--width", "64"] if "datasets.synthetic_scenes" in command else []
+        return run(*command, *more, *["n_epochs=1", "n_workers=0"] * ("--set" in command))
+
+    monkeypatch.setattr(demo, "run", run_short)
+    return tmp_path, commands
+
+
+@pytest.mark.parametrize("arguments, model, rooms", [([], "posenet", 1), (["--multiscene"], "ems-transposenet", 2)])
+def test_the_demo_ends_with_its_table_and_picture(short_demo, monkeypatch, capfd, arguments, model, rooms):
+    folder, commands = short_demo
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    demo.main()
+    output = capfd.readouterr().out
+    shown = [line for line in output.splitlines() if line.startswith("$ python ")]
+    assert [shlex.split(line)[2:2 + len(command)] for line, command in zip(shown, commands)] == [list(c) for c in commands]
+    assert len(shown) == len(commands) == 2 + 3 * (1 + rooms)
+    assert "Pose error" not in output and "[Batch" not in output
+
+    table = dict(re.findall(r"^\| ([^|]+) \| (\d+\.\d+ m \| \d+\.\d+ deg) \|$", output, flags=re.MULTILINE))
+    assert list(table) == ["training mean", "training pose nearest to it", "APR", "PAE", "refined"]
+    out = folder / "out" / f"demo-{model}"
+    for name in ("APR", "PAE", "refined"):
+        predictions = pd.concat([pd.read_csv(path) for path in sorted(out.glob(f"{name.lower()}_room-*.csv"))])
+        expected = predictions[["position_error_m", "orientation_error_deg"]].median()
+        assert table[name] == "{:.3f} m | {:.3f} deg".format(*expected)
+    position = ["t1", "t2", "t3"]
+    errors = []
+    for scene in range(1, rooms + 1):
+        train, truth = (pd.read_csv(out / "labels" / f"abs_7scenes_pose.csv_room-{scene}_{split}.csv") for split in ("train", "test"))
+        errors += list(((truth[position] - train[position].mean()) ** 2).sum(axis=1) ** 0.5)
+    assert table["training mean"].startswith(f"{pd.Series(errors).median():.3f} m")
+    picture = re.search(r"The test paths from above: (.*)", output)[1]
+    assert (folder / picture).read_bytes().startswith(b"\x89PNG")
