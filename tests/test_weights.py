@@ -119,7 +119,7 @@ def config_for(model_name, **changes):
 
 @pytest.mark.parametrize("model_name", APR_NAMES)
 def test_a_checkpoint_comes_back(tmp_path, model_name):
-    model = get_model(model_name, "none", config_for(model_name)).eval()
+    model = load_apr(model_name, "none", config_for(model_name)).eval()
     save_weights(tmp_path / "apr.pth", model.state_dict(), {"scene_names": ["a", "b", "c"]})
     again = load_apr(model_name, "none", config_for(model_name), tmp_path / "apr.pth").eval()
     img = torch.randn(2, 3, 96, 96)
