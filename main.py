@@ -13,7 +13,7 @@ def main():
     import torch
     import torch.nn.functional as F
 
-    from datasets.camera_poses import CameraPoseDataset, test_batches, test_transform, train_batches, train_transform
+    from datasets.camera_poses import CameraPoseDataset, test_transform, train_batches, train_transform
     from datasets.labels import log_summary
     from models import load_apr
     from util import engine
@@ -40,6 +40,7 @@ def main():
         if multi_scene:
             dataset.require_scenes(config["num_scenes"], order_known=names is not None or args.checkpoint_path is None)
         log_summary(args.labels_file, dataset.labels)
+        dataset.cache_frames(args.cache_dir, config.get("cache_memory_gb"))
         if freeze:
             freeze_all_but(apr, config["freeze_exclude_phrase"])
             if not any(p.requires_grad for name, p in apr.named_parameters() if name.startswith("regressor_head")):
@@ -67,9 +68,7 @@ def main():
     else:
         apr.eval()
         dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
-
-        results = engine.evaluate(lambda batch: infer(apr, batch["img"]), test_batches(dataset, 1, config["n_workers"]),
-                                  run.device)
+        results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
         report(run, args.checkpoint_path, dataset, results, names)
 
 

@@ -13,12 +13,12 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
 
     import torch.nn.functional as F
 
-    from datasets.camera_poses import CameraPoseDataset, test_batches, test_transform
+    from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
     from util import engine
     from util.errors import UserError
-    from util.latents import compute_latents, freeze, infer, latent_batches
+    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views
     from util.losses import CameraPoseLoss
     from util.report import report, scene_names_of
 
@@ -30,11 +30,11 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
     freeze(apr)
     names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
-    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed)
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
-        latents = compute_latents(apr, dataset, config, run.device)
+        latents = compute_latents(run, apr, dataset)
         pae_input = "pose" if config.get("pae_input", "estimated") == "true" else "estimate"
         pose_loss = CameraPoseLoss(config).to(run.device)
 
@@ -45,7 +45,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
                     + pose_loss(pose, batch["pose"]))
             return loss, pose
 
-        batches = latent_batches(latents, config["batch_size"], run.seed)
+        batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names))
     else:
         encoder.eval()
@@ -55,7 +55,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
             pose = apr.regress(*encoder(result["pose"], result.get("scene")))
             return {**result, "pose": pose, "apr_pose": result["pose"]}
 
-        results = engine.evaluate(estimate, test_batches(dataset, 1, config["n_workers"]), run.device)
+        results = engine.evaluate(run, estimate, dataset)
         report(run, args.encoder_checkpoint_path, dataset, results, names)
 
 

@@ -20,14 +20,14 @@ def main():
 
     import torch
 
-    from datasets.camera_poses import CameraPoseDataset, epoch_generator, test_batches, test_transform
+    from datasets.camera_poses import CameraPoseDataset, epoch_generator
     from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
     from models.checkpoints import fill, read_checkpoint
     from models.pose_refiner import PoseRefiner
     from util import engine
     from util.errors import UserError
-    from util.latents import compute_latents, freeze, infer, latent_batches
+    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views
     from util.losses import CameraPoseLoss
     from util.references import nearest_references, read_references
     from util.report import report, scene_names_of
@@ -49,25 +49,25 @@ def main():
         fill(args.rpr_checkpoint_path, refiner, read_checkpoint(args.rpr_checkpoint_path, "refiner", config))
     freeze(apr, encoder)
     names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
-    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed)
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
         if multi_scene:
             dataset.require_scenes(config["num_scenes"], order_known=names is not None)
-        latents = compute_latents(apr, dataset, config, run.device)
-        poses, scenes = latents["pose"], torch.tensor(dataset.scenes if multi_scene else 0 * dataset.scenes).to(run.device)
+        latents = compute_latents(run, apr, dataset)
+        poses, scenes = dataset.poses.to(run.device), torch.tensor(dataset.scenes if multi_scene else 0 * dataset.scenes).to(run.device)
         reference_latents = torch.cat(encoder(poses, scenes), dim=1)
         nearest = nearest_references(poses, scenes, poses, scenes, k=N_NEAREST, exclude_self=True)
         if (nearest < 0).any():
             raise UserError(f"{args.labels_file}: a scene with a single frame has no references to train on")
         pose_loss = CameraPoseLoss(config).to(run.device)
-        latent_rows = latent_batches(latents, config["batch_size"], run.seed)
+        latent_rows = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
 
         def batches(epoch):
             # One of the nearest training poses, drawn anew every epoch.
             drawn = torch.randint(N_NEAREST, (len(nearest), 1), generator=epoch_generator(run.seed, epoch)).to(run.device)
-            latents["reference"] = nearest.gather(1, drawn).squeeze(1)
+            latents["reference"] = nearest.gather(1, drawn).squeeze(1).repeat(n_views(config))
             return latent_rows(epoch)
 
         def step(batch):
@@ -93,7 +93,7 @@ def main():
             pose = torch.where(reference.unsqueeze(1) < 0, result["pose"], pose)
             return {**result, "pose": pose, "apr_pose": result["pose"], "reference": reference}
 
-        results = engine.evaluate(estimate, test_batches(dataset, 1, config["n_workers"]), run.device)
+        results = engine.evaluate(run, estimate, dataset)
         if (results["reference"] < 0).any():
             logging.info("%d frames keep the APR's pose: no reference pose in their predicted scene",
                          (results["reference"] < 0).sum())

@@ -1,5 +1,8 @@
 """Frames with their camera poses, and the published transforms."""
+import functools
+import multiprocessing
 import os
+import shutil
 
 import numpy as np
 import torch
@@ -7,27 +10,41 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms
 
+from datasets.image_cache import cache_in_file, cache_in_memory, read_frame
 from datasets.labels import poses_of, read_labels, scene_indices
 from util.errors import UserError
 
-_TO_INPUT = [transforms.ToTensor(), transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
+SIZE = 224
+SHARED_MEMORY = "/dev/shm"
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 
 
 def train_transform():
-    """The published augmentation: PIL image -> 3 x 224 x 224, a random crop of the image resized to a shorter side of
-    256, with colour jitter, normalised as ImageNet."""
-    return transforms.Compose([transforms.Resize(256), transforms.RandomCrop(224),
-                               transforms.ColorJitter(0.5, 0.5, 0.5, 0.2), *_TO_INPUT])
+    """The published augmentation of a frame that is resized to a shorter side of 256: PIL image -> PIL image, a random
+    crop of 224 x 224 with colour jitter."""
+    return transforms.Compose([transforms.RandomCrop(SIZE), transforms.ColorJitter(0.5, 0.5, 0.5, 0.2)])
 
 
 def test_transform():
-    """The published test transform: PIL image -> 3 x 224 x 224, the centre of the image resized to a shorter side of
-    256, normalised as ImageNet."""
-    return transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), *_TO_INPUT])
+    """The published test transform of a frame that is resized to a shorter side of 256: PIL image -> PIL image, its centre,
+    224 x 224."""
+    return transforms.CenterCrop(SIZE)
+
+
+def to_input(images):
+    """Images as the networks take them: N x H x W x 3 uint8 -> N x 3 x H x W float32, normalised as ImageNet, channels-last
+    in memory; on the images' device."""
+    mean, std = _imagenet(images.device)
+    return images.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache  # a copy a batch would make the device wait
+def _imagenet(device):
+    return torch.tensor(_IMAGENET, device=device).view(2, 1, 3, 1, 1)
 
 
 class CameraPoseDataset(Dataset):
-    """Items: {'img': 3 x 224 x 224, 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there}.
+    """Items: {'img': 224 x 224 x 3 (uint8), 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there}.
 
     dataset_path: the folder that the label file's image paths are relative to.
     scene_names: the model's scenes in order; by default the label file's, sorted.
@@ -52,6 +69,7 @@ class CameraPoseDataset(Dataset):
         self.transform = data_transform or test_transform()
         self.seed = seed
         self.size = len(self.paths)
+        self.cache = None
         if equalize_scenes:
             present = np.unique(self.scenes)
             self.rows_of_scenes = [np.flatnonzero(self.scenes == scene) for scene in present]
@@ -75,6 +93,21 @@ class CameraPoseDataset(Dataset):
             raise UserError(f"{self.labels_file}: {len(self.scene_names)} scenes, but the model has {num_scenes}: their order "
                             f"is not known; give --preset or scene_names")
 
+    def cache_frames(self, cache_dir=None, memory_gb=None):
+        """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
+        default a quarter of what is free). The items stay the same. Raises UserError for an unreadable image."""
+        n_threads = _n_cores()
+        if cache_dir:
+            self.cache = cache_in_file(cache_dir, self.paths, self._read, n_threads)
+        else:
+            self.cache = cache_in_memory(self.paths, self._read, n_threads, None if memory_gb is None else int(memory_gb * 1e9))
+
+    def _read(self, row):
+        try:
+            return read_frame(self.paths[row])
+        except UserError as error:
+            raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
+
     def __len__(self):
         return self.size
 
@@ -86,31 +119,17 @@ class CameraPoseDataset(Dataset):
         if position >= len(self.paths):
             random = np.random.default_rng((self.seed, epoch, position))
             row = random.choice(self.rows_of_scenes[random.choice(len(self.rows_of_scenes), p=self.scene_probabilities)])
-        try:
-            image = read_image(self.paths[row])
-        except UserError as error:
-            raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
+        pixels = None if self.cache is None else self.cache[row]
+        image = self._read(row) if pixels is None else Image.fromarray(pixels)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_mix(self.seed, epoch, position))  # the CPU's alone
             image = self.transform(image)
-        return {"img": image, "pose": self.poses[row], "scene": int(self.scenes[row])}
+        return {"img": torch.from_numpy(np.array(image)), "pose": self.poses[row], "scene": int(self.scenes[row])}
 
 
-def read_image(path):
-    """An image as 8-bit RGB (PIL). Greyscale is repeated, transparency dropped, 16 bits scaled to 8. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                values = np.asarray(image)
-                return Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise anything, and the file is at fault
-        raise UserError(f"image {path} cannot be read ({error})") from error
-
-
-def test_batches(dataset, batch_size, n_workers):
-    """A loader of the dataset in its order."""
-    return _loader(dataset, batch_size, n_workers, sampler=None)
+def test_batches(dataset, batch_size, n_workers, epoch=0):
+    """A loader of the dataset in its order; what is random in its items is that of `epoch`."""
+    return _loader(dataset, batch_size, n_workers, [(epoch, position) for position in range(len(dataset))])
 
 
 def train_batches(dataset, batch_size, n_workers, seed):
@@ -151,8 +170,18 @@ def _mix(*numbers):
 
 
 def _loader(dataset, batch_size, n_workers, sampler):
-    # More workers than cores only take turns.
-    n_workers = min(n_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    n_workers = min(n_workers, _n_cores())  # more only take turns
+    if n_workers and os.path.isdir(SHARED_MEMORY):
+        # Workers hand over batches in shared memory, two each at a time; a container has 64 MB of it, and overrunning it
+        # kills them.
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        n_workers = min(n_workers, free // (4 * batch_size * SIZE * SIZE * 3))
+    # Forked, since a cache in memory cannot be sent to another process.
+    context = "fork" if n_workers and "fork" in multiprocessing.get_all_start_methods() else None
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=n_workers, persistent_workers=n_workers > 0,
-                      pin_memory=torch.cuda.is_available(),
+                      multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())  # not the global one, which would tell the number of workers
+
+
+def _n_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbones import ENDPOINTS, EndpointBackbone
+from models.precision import autocast
 from models.transformer import LearnedPositions, Transformer
 from util.errors import UserError
 
@@ -42,6 +43,7 @@ class MSTransPoseNet(nn.Module):
         self.input_proj_rot = nn.Conv2d(channels_rot, hidden_dim, kernel_size=1)
         self.query_embed_t = nn.Embedding(num_scenes, hidden_dim)
         self.query_embed_rot = nn.Embedding(num_scenes, hidden_dim)
+        self.precision = config.get("precision", "fp32")
         self.scene_embed = nn.Linear(2 * hidden_dim, 1)
         self.regressor_head_t, self.regressor_head_rot = self.build_heads(hidden_dim, num_scenes)
 
@@ -56,9 +58,11 @@ class MSTransPoseNet(nn.Module):
         """All but the heads: the batch -> {'latent_x', 'latent_q': N x hidden_dim of the chosen scene,
         'scene': N, the chosen scene, 'scene_log_distr': N x num_scenes}."""
         backbone, positions = self.backbone
-        map_t, map_rot = backbone(data["img"])
-        latents_t = self.transformer_t(self.input_proj_t(map_t), self.query_embed_t.weight, positions(map_t))
-        latents_rot = self.transformer_rot(self.input_proj_rot(map_rot), self.query_embed_rot.weight, positions(map_rot))
+        with autocast(self.precision, data["img"].device, self.training):
+            map_t, map_rot = backbone(data["img"])
+            latents_t = self.transformer_t(self.input_proj_t(map_t), self.query_embed_t.weight, positions(map_t))
+            latents_rot = self.transformer_rot(self.input_proj_rot(map_rot), self.query_embed_rot.weight, positions(map_rot))
+        latents_t, latents_rot = latents_t.float(), latents_rot.float()
         scores = self.scene_embed(torch.cat((latents_t, latents_rot), dim=2)).squeeze(2)
         scene_log_distr = F.log_softmax(scores, dim=1)
         scene = data.get("scene")
@@ -69,10 +73,8 @@ class MSTransPoseNet(nn.Module):
 
     def forward_heads(self, result):
         """What `forward_transformers` returns -> what `forward` returns."""
-        frames = torch.arange(len(result["scene"]), device=result["scene"].device)
-        pose = torch.cat([torch.stack([head(latent) for head in heads], dim=1)[frames, result["scene"]]
-                          for heads, latent in ((self.regressor_head_t, result["latent_x"]),
-                                                (self.regressor_head_rot, result["latent_q"]))], dim=1)
+        pose = torch.cat((regress_each(self.regressor_head_t, result["latent_x"], result["scene"]),
+                          regress_each(self.regressor_head_rot, result["latent_q"], result["scene"])), dim=1)
         return {"pose": pose, "scene_log_distr": result["scene_log_distr"]}
 
 
@@ -106,3 +108,13 @@ class PoseRegressor(nn.Module):
 
     def forward(self, latent):
         return self.fc_o(F.gelu(self.fc_h(latent)))
+
+
+def regress_each(heads, latents, scene):
+    """What each latent's own head reads from it, in one product over all heads: `PoseRegressor`s S, N x in_dim, N indices
+    of heads -> N x out_dim."""
+    weight_h, bias_h, weight_o, bias_o = (torch.stack(tensors) for tensors in zip(*(
+        (head.fc_h.weight, head.fc_h.bias, head.fc_o.weight, head.fc_o.bias) for head in heads)))
+    hidden = F.gelu(torch.baddbmm(bias_h.unsqueeze(1), latents.expand(len(heads), -1, -1), weight_h.transpose(1, 2)))
+    outputs = torch.baddbmm(bias_o.unsqueeze(1), hidden, weight_o.transpose(1, 2))
+    return outputs[scene, torch.arange(len(scene), device=scene.device)]

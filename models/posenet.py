@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.backbones import FEATURES, build_backbone, feature_map
+from models.precision import autocast
 
 
 class PoseNet(nn.Module):
@@ -22,12 +23,15 @@ class PoseNet(nn.Module):
         self.q_latent_fc = nn.Linear(FEATURES[backbone_type], hidden_dim)
         self.x_reg = nn.Linear(hidden_dim, 3)
         self.q_reg = nn.Linear(hidden_dim, 4)
+        self.precision = config.get("precision", "fp32")
         self.dropout = nn.Dropout(p=0.1)
         for linear in (self.x_latent_fc, self.q_latent_fc, self.x_reg, self.q_reg):
             nn.init.kaiming_normal_(linear.weight)
 
     def forward(self, data):
-        features = feature_map(self.backbone, data["img"]).mean(dim=(2, 3))
+        with autocast(self.precision, data["img"].device, self.training):
+            features = feature_map(self.backbone, data["img"])
+        features = features.float().mean(dim=(2, 3))
         # Crossed: the published checkpoints were trained so.
         latent_q = F.relu(self.x_latent_fc(features))
         latent_x = F.relu(self.q_latent_fc(features))

@@ -140,7 +140,7 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not (self.training and self.p) or x.device.type != "cpu":
             return super().forward(x)
-        n_dropped = round(self.p * 2 ** 16)
+        n_dropped = min(round(self.p * 2 ** 16), 2 ** 16 - 1)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
         keep = (bits[:x.numel()].view(x.shape) >= n_dropped - 2 ** 15).to(x.dtype)
         return x * keep.mul_(1 / (1 - n_dropped / 2 ** 16))

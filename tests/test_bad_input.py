@@ -86,8 +86,11 @@ def refine(*more, mode="test", labels="test.csv", encoder="pae.pth", model="pose
 CASES = {
     "missing image": (apr(labels="no_image.csv"), ["no_image.csv: row 3: image", "frame-000009.color.png does not exist"]),
     "unreadable image": (apr(labels="unreadable.csv"), ["unreadable.csv: row 3: image", "broken.color.png cannot be read"]),
-    "unreadable image in a worker": (apr(labels="unreadable.csv", more=["--set", "n_workers=1"]),
+    "unreadable image in a worker": (apr(mode="test", labels="unreadable.csv",
+                                         more=["--checkpoint_path", "posenet.pth", "--set", "n_workers=1"]),
                                      ["unreadable.csv: row 3: image", "broken.color.png cannot be read"]),
+    "a file for a cache folder": (apr(more=["--cache_dir", "train.csv"]), ["train.csv/", ".frames: cannot be written"]),
+    "unknown precision": (apr(more=["--set", "precision=fp8"]), ['precision is "fp8"', '"fp32", "bf16", "fp16", "auto"']),
     "missing column": (apr(labels="no_column.csv"), ["no_column.csv: column 'q4' is missing", "t1,t2,t3,q1,q2,q3,q4"]),
     "no number": (apr(labels="not_a_number.csv"), ["not_a_number.csv: row 3: q4 'north' is not a finite number"]),
     "no rows": (apr(labels="empty.csv"), ["empty.csv: no rows"]),

@@ -9,7 +9,8 @@ import torch
 from conftest import write_labels, write_scene
 from PIL import Image
 
-from datasets.camera_poses import CameraPoseDataset, read_image, test_batches as ordered_batches, train_batches, train_transform
+from datasets.camera_poses import CameraPoseDataset, test_batches as ordered_batches, train_batches, train_transform
+from datasets.image_cache import read_image
 from datasets.labels import read_labels
 from util.errors import UserError
 

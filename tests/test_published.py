@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from conftest import MINI, PUBLISHED, ROOT, needs_real_frames, run_well
 
-from datasets.camera_poses import read_image, test_transform as centre_view
+from datasets.camera_poses import CameraPoseDataset, to_input
 from datasets.labels import read_labels
 
 pytestmark = needs_real_frames
@@ -20,9 +20,12 @@ def test_labels(tmp_path_factory):
     return path
 
 
-def test_transform_equals_the_published_one():
+def test_transform_equals_the_published_one(tmp_path):
     golden = np.load(ROOT / "tests" / "golden" / "test-transform.npz")
-    ours = centre_view()(read_image(MINI / "redkitchen" / "seq-01" / "frame-000000.color.jpg")).numpy()
+    first = (MINI / "expected_train.csv").read_text().replace(".png", ".jpg").splitlines()[:2]
+    assert "redkitchen/seq-01/frame-000000.color.jpg" in first[1]
+    (tmp_path / "first.csv").write_text("\n".join(first))
+    ours = to_input(CameraPoseDataset(MINI, tmp_path / "first.csv")[0]["img"][None])[0].numpy()
     assert np.abs(ours[:, golden["rows"]] - golden["frame"]).max() <= 0.02
     assert np.abs(ours.mean(axis=(1, 2)) - golden["frame_mean"]).max() <= 0.02
 

@@ -41,6 +41,9 @@ def parser(description, models):
                            help="auto, cpu, cuda or cuda:N; auto takes the config's device_id where there is CUDA, else "
                                 "the CPU (default: auto)")
     arguments.add_argument("--seed", metavar="N", type=_seed, default=0, help="makes runs repeatable (default: 0)")
+    arguments.add_argument("--cache_dir", metavar="DIR",
+                           help="keep decoded frames in a file of this folder, for this run and later ones (default: in "
+                                "memory while training)")
     arguments.add_argument("--predictions_path", metavar="FILE.csv",
                            help="in testing: where to write the predicted poses with their errors (default: nowhere)")
     return arguments

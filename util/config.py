@@ -36,7 +36,8 @@ def _choice(*values):
 KEYS = {
     "n_freq_print": _COUNT, "n_freq_checkpoint": _COUNT, "n_workers": _COUNT_OR_0,
     "device_id": ("a device's name", lambda value: isinstance(value, str)),
-    "batch_size": _COUNT, "equalize_scenes": _FLAG, "num_scenes": _COUNT, "scene_names": _NAMES,
+    "precision": _choice("fp32", "bf16", "fp16", "auto"), "cache_memory_gb": _NUMBER_OR_0,
+    "batch_size": _COUNT, "test_batch_size": _COUNT, "latent_views": _COUNT_OR_0, "equalize_scenes": _FLAG, "num_scenes": _COUNT, "scene_names": _NAMES,
     "learnable": _FLAG, "s_x": _NUMBER, "s_q": _NUMBER, "norm": ("1 or 2", lambda value: _number(value) and value in (1, 2)),
     "lr": _POSITIVE, "weight_decay": _NUMBER_OR_0, "eps": _NUMBER_OR_0,
     "average_last": ("a number from 0 to below 1", lambda value: _number(value) and 0 <= value < 1),

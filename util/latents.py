@@ -2,8 +2,8 @@
 import torch
 from tqdm import tqdm
 
-from datasets.camera_poses import epoch_order, test_batches
-from util.engine import to_device
+from datasets.camera_poses import epoch_order, test_batches, test_transform, train_transform
+from util.engine import TEST_BATCH_SIZE, to_device
 
 
 def freeze(*modules):
@@ -21,27 +21,47 @@ def infer(apr, img):
     return result
 
 
-@torch.no_grad()
-def compute_latents(apr, dataset, config, device):
-    """Run a frozen APR over a dataset once, in batches.
+def latent_transform(run):
+    """The transform of the frames that a PAE or a refiner works on: the tests', or in training with `latent_views` the
+    augmentation. run: of cli.start."""
+    return train_transform() if run.args.mode == "train" and run.config.get("latent_views", 0) else test_transform()
 
-    Returns tensors on the device, N rows in the dataset's order: 'latent_x', 'latent_q', 'estimate' (the APR's raw
-    pose), 'pose' (the truth) and, of multi-scene models, 'scene' (the APR's).
+
+@torch.no_grad()
+def compute_latents(run, apr, dataset):
+    """Run a frozen APR over a dataset once, in batches of `test_batch_size`; with `latent_views` K in the config K times, over the
+    views that the dataset's transform makes in epochs 0 to K-1.
+
+    run: of cli.start. Returns tensors on the device, K N rows in the dataset's order, view after view: 'latent_x', 'latent_q', 'estimate' (the
+    APR's raw pose), 'pose' (the truth) and, of multi-scene models, 'scene' (the APR's).
     """
+    config = run.config
+    if run.args.cache_dir or n_views(config) > 1:
+        dataset.cache_frames(run.args.cache_dir, config.get("cache_memory_gb"))
     results = []
-    batches = test_batches(dataset, config["batch_size"], config["n_workers"])
-    for batch in tqdm(batches, desc="latents", unit="batch", disable=None):
-        batch = to_device(batch, device)
-        result = infer(apr, batch["img"])
-        results.append({"estimate": result["pose"], "pose": batch["pose"],
-                        **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}})
+    for view in range(n_views(config)):
+        batches = test_batches(dataset, config.get("test_batch_size", TEST_BATCH_SIZE), config["n_workers"], epoch=view)
+        for batch in tqdm(batches, desc="latents", unit="batch", disable=None):
+            batch = to_device(batch, run.device)
+            result = infer(apr, batch["img"])
+            results.append({"estimate": result["pose"], "pose": batch["pose"],
+                            **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}})
     return {key: torch.cat([result[key] for result in results]) for key in results[0]}
 
 
-def latent_batches(latents, batch_size, seed):
-    """A function from an epoch's number to that epoch's batches of rows, shuffled by (seed, epoch) alone."""
+def n_views(config):
+    """How many views of a frame have latents: `latent_views` augmented ones, else 1, the frame as tests see it."""
+    return config.get("latent_views", 0) or 1
+
+
+def latent_batches(latents, batch_size, seed, n_views=1):
+    """A function from an epoch's number to that epoch's batches of rows, shuffled by (seed, epoch) alone. A frame's views
+    take turns from epoch to epoch."""
+    n_frames = len(latents["pose"]) // n_views
+
     def batches(epoch):
-        order = epoch_order(len(latents["pose"]), seed, epoch).to(latents["pose"].device)
+        order = epoch_order(n_frames, seed, epoch)
+        order = (order + (epoch + order) % n_views * n_frames).to(latents["pose"].device)
         return [{key: rows[part] for key, rows in latents.items()} for part in order.split(batch_size)]
 
     return batches

@@ -30,13 +30,14 @@ def report(run, tested, dataset, results, scene_names=None):
     """Log a test and write its predictions where --predictions_path asks for them.
 
     tested: what is tested, a file's name.
-    results: of engine.evaluate: 'pose' N x 7, 'milliseconds' N; for multi-scene models 'scene', N predicted indices; and
-        where the test is of what leans on an APR, 'apr_pose' N x 7, whose medians are logged above the others.
+    results: of engine.evaluate: 'pose' N x 7, 'milliseconds' N, 'milliseconds_alone' M; for multi-scene models 'scene', N
+        predicted indices; and where the test is of what leans on an APR, 'apr_pose' N x 7, whose medians are logged above
+        the others.
     scene_names: the model's scenes in order, as scene_names_of gives them; where they are None, the label file's are
         taken if it has as many as the model.
     """
     poses, truth = results["pose"].double(), dataset.poses
-    log_results(tested, dataset.labels_file, poses, truth, results["milliseconds"].numpy(), results.get("apr_pose"))
+    log_results(tested, dataset.labels_file, poses, truth, results)
     predictions = dataset.labels.copy()
     predictions[POSE_COLUMNS[:3]] = poses[:, :3].numpy()
     predictions[POSE_COLUMNS[3:]] = F.normalize(poses[:, 3:], dim=1).numpy()
@@ -53,17 +54,17 @@ def report(run, tested, dataset, results, scene_names=None):
         logging.info("Predictions: %s", run.args.predictions_path)
 
 
-def log_results(tested, labels_file, est_pose, gt_pose, milliseconds, apr_pose=None):
+def log_results(tested, labels_file, est_pose, gt_pose, results):
     """Log a test as the published scripts do (a line a frame, the medians, the mean inference time), then the mean, the
-    90th percentile and the recalls. Poses N x 7 on the CPU, milliseconds N."""
+    90th percentile and the recalls. Poses N x 7 on the CPU; results: as `report` takes them."""
     position, orientation = (errors.numpy() for errors in pose_err(est_pose, gt_pose))
-    for frame in zip(position, orientation, milliseconds):
+    for frame in zip(position, orientation, results["milliseconds"].numpy()):
         logging.info("Pose error: {:.3f}[m], {:.3f}[deg], inferred in {:.2f}[ms]".format(*frame))
     logging.info("Performance of %s on %s", tested, labels_file)
-    if apr_pose is not None:
-        logging.info("The APR's own median: %s", medians(apr_pose, gt_pose))
+    if "apr_pose" in results:
+        logging.info("The APR's own median: %s", medians(results["apr_pose"], gt_pose))
     logging.info("Median pose error: %s", medians(est_pose, gt_pose))
-    logging.info("Mean inference time:{:.2f}[ms]".format(np.mean(milliseconds)))
+    logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
     logging.info("Mean pose error: {:.3f}[m], {:.3f}[deg]".format(position.mean(), orientation.mean()))
     logging.info("90th percentile: {:.3f}[m], {:.3f}[deg]".format(*(np.percentile(e, 90) for e in (position, orientation))))
     for metres, degrees in RECALL_THRESHOLDS:

@@ -1,0 +1,189 @@
+"""Frames decoded and resized once. The published transforms resize before anything random, so that what follows can start
+from stored 8-bit pixels and see the same ones."""
+import hashlib
+import logging
+import mmap
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms import Resize
+from tqdm import tqdm
+
+from util.errors import UserError
+from util.files import whole_file
+
+SHORTER_SIDE = 256
+_resize = Resize(SHORTER_SIDE)
+# A file of frames is their pixels one after the other, a row of this kind each, the rows' CRC-32 and the mark.
+_ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
+_MARK = b"frames 1"
+_CHUNK = 64  # frames decoded before they are written, so that memory stays small
+
+
+class ImageCache:
+    """cache[i] is frame i resized, h x w x 3 uint8, or None where it is not here or its file has changed since."""
+
+    def __init__(self, paths, signatures, shapes, pixels):
+        self.paths, self.signatures, self.shapes, self.pixels = paths, signatures, shapes, pixels
+        self.ends = np.cumsum([height * width * 3 for height, width in shapes]).tolist()
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __getitem__(self, i):
+        if i >= len(self.shapes) or _signature(self.paths[i]) != self.signatures[i]:
+            return None
+        height, width = self.shapes[i]
+        return self.pixels[self.ends[i] - height * width * 3:self.ends[i]].reshape(height, width, 3)
+
+
+def cache_in_memory(paths, read, n_threads, budget=None):
+    """Decode frames into memory that forked workers share: an anonymous mapping, which needs no /dev/shm.
+
+    read: i -> frame i as `read_frame` gives it. budget: bytes; by default a quarter of what is free. The first frames that
+    fit are kept.
+    """
+    budget = free_memory() // 4 if budget is None else budget
+    with ThreadPoolExecutor(n_threads) as pool:
+        shapes = list(pool.map(_resized_shape, paths))
+    ends = np.cumsum([height * width * 3 for height, width in shapes])
+    n_kept = int(np.searchsorted(ends, budget, side="right"))
+    if n_kept < len(paths):
+        logging.info("Frames kept in memory: %d of %d, as many as fit into %.2f GB (cache_memory_gb; by default a quarter of "
+                     "what is free); --cache_dir keeps all of them in a file", n_kept, len(paths), budget / 1e9)
+    if n_kept == 0:
+        return None
+    buffer = mmap.mmap(-1, int(ends[n_kept - 1]))
+    signatures = []
+    for i, (signature, pixels) in enumerate(_decode(paths[:n_kept], read, n_threads)):
+        if pixels.shape[:2] != shapes[i]:
+            raise UserError(f"image {paths[i]} has changed while it was read; run again")
+        buffer.write(pixels)
+        signatures.append(signature)
+    return ImageCache(paths, signatures, shapes[:n_kept], np.frombuffer(buffer, np.uint8))
+
+
+def cache_in_file(cache_dir, paths, read, n_threads):
+    """Decode frames into a file of `cache_dir` that is mapped into memory, or take the one that is there; frames whose files
+    have changed are decoded again. Several runs can share it. Raises UserError where it cannot be written."""
+    identity = "\n".join([_MARK.decode(), str(SHORTER_SIDE), *map(os.path.abspath, paths)])
+    path = os.path.join(cache_dir, hashlib.sha256(identity.encode()).hexdigest()[:16] + ".frames")
+    cache = _open(path, paths)
+    n_stale = len(paths) if cache is None else sum(cache[i] is None for i in range(len(paths)))
+    if n_stale:
+        logging.info("Decoding %d of %d frames into %s", n_stale, len(paths), path)
+        rows = np.zeros(len(paths), _ROWS)
+
+        def read_or_keep(i):
+            kept = None if cache is None else cache[i]
+            return read(i) if kept is None else kept
+
+        with whole_file(path, "wb") as file:
+            for i, (signature, pixels) in enumerate(_decode(paths, read_or_keep, n_threads)):
+                file.write(pixels)
+                rows[i] = (*signature, *pixels.shape[:2])
+            file.write(rows.tobytes() + zlib.crc32(rows.tobytes()).to_bytes(4, "little") + _MARK)
+        cache = _open(path, paths)
+    logging.info("Frames come from %s", path)
+    return cache
+
+
+def read_frame(path):
+    """An image as the published transforms resize it (PIL, 8-bit RGB, shorter side 256). Raises UserError."""
+    return _resize(read_image(path))
+
+
+def read_image(path):
+    """An image as 8-bit RGB (PIL). Greyscale is repeated, transparency dropped, 16 bits scaled to 8. Raises UserError."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I"):
+                values = np.asarray(image)
+                return Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise anything, and the file is at fault
+        raise UserError(f"image {path} cannot be read ({error})") from error
+
+
+def free_memory():
+    """Bytes of memory that are free for use, within the limit of the control group (a container's, say); 0 where the system
+    does not tell."""
+    def number(path, key=""):
+        with open(path) as file:
+            return next(int(line.split()[1 if key else 0]) for line in file if line.startswith(key))
+
+    try:
+        free = 1024 * number("/proc/meminfo", "MemAvailable:")
+    except (OSError, StopIteration, ValueError):
+        return 0
+    for limit, used, stat, reclaimable in (
+            ("memory.max", "memory.current", "memory.stat", "inactive_file "),
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file ")):
+        try:
+            group = [number(f"/sys/fs/cgroup/{name}") for name in (limit, used)]
+            free = min(free, group[0] - group[1] + number(f"/sys/fs/cgroup/{stat}", reclaimable))
+        except (OSError, StopIteration, ValueError):  # no such group, or "max": no limit
+            continue
+    return max(free, 0)
+
+
+def _decode(paths, read, n_threads):
+    """Signatures and pixels of frames in order, decoded by threads (the decoders let go of Python's lock)."""
+    def decode(i):
+        signature = _signature(paths[i])  # before the pixels, so that a change in between shows
+        return signature, np.asarray(read(i))
+
+    with ThreadPoolExecutor(n_threads) as pool, tqdm(total=len(paths), desc="decoding", unit="frame", disable=None) as progress:
+        for begin in range(0, len(paths), _CHUNK):
+            for decoded in pool.map(decode, range(begin, min(begin + _CHUNK, len(paths)))):
+                yield decoded
+                progress.update()
+
+
+def _open(path, paths):
+    """The cache in a file, or None where there is none or it is damaged."""
+    if not os.path.exists(path):
+        return None
+    try:
+        data = np.memmap(path, np.uint8, mode="r")
+        end = len(data) - len(_MARK) - 4
+        rows_begin = end - len(paths) * _ROWS.itemsize
+        if rows_begin < 0 or data[end + 4:].tobytes() != _MARK:
+            raise ValueError
+        packed = data[rows_begin:end].tobytes()
+        if zlib.crc32(packed).to_bytes(4, "little") != data[end:end + 4].tobytes():
+            raise ValueError
+        rows = np.frombuffer(packed, _ROWS)
+        shapes = list(zip(rows["height"].tolist(), rows["width"].tolist()))
+        cache = ImageCache(paths, list(zip(rows["modified_ns"].tolist(), rows["n_bytes"].tolist())), shapes, data)
+        if cache.ends[-1] != rows_begin:
+            raise ValueError
+        return cache
+    except (OSError, ValueError):
+        logging.info("%s is damaged: its frames are decoded again", path)
+        return None
+
+
+def _signature(path):
+    """What changes when a file does: (modification time in ns, size), or None without a file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _resized_shape(path):
+    """(height, width) of a frame resized; only the file's header is read. (0, 0) for a file that cannot be read, which is
+    told apart when it is decoded."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+    except Exception:  # decoders raise anything
+        return 0, 0
+    shorter, longer = min(width, height), max(width, height)
+    longer = int(SHORTER_SIDE * longer / shorter)
+    return (SHORTER_SIDE, longer) if height == shorter else (longer, SHORTER_SIDE)
