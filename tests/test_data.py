@@ -1,7 +1,10 @@
 """Label files, images, and what is random in a dataset."""
+import os
+import shutil
 import struct
 import zlib
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +99,18 @@ def test_epochs_are_shuffled_each_anew_and_tests_are_not(three_scenes):
     assert torch.equal(orders[0], orders[2]) and not torch.equal(orders[0], orders[1])
     assert torch.equal(orders[0].sort(dim=0).values, dataset.poses.sort(dim=0).values)
     assert torch.equal(torch.cat([batch["pose"] for batch in ordered_batches(dataset, 3, 0)]), dataset.poses)
+
+
+def test_workers_hand_over_no_more_than_shared_memory_holds(three_scenes, monkeypatch):
+    # Docker gives a container 64 MB; a worker that writes beyond is killed.
+    dataset = CameraPoseDataset(*three_scenes)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(16))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 * 2 ** 20))
+    for batch_size in (1, 32, 200, 1000):
+        loader = ordered_batches(dataset, batch_size, 16)
+        in_flight = loader.num_workers * (loader.prefetch_factor or 0) * batch_size * 224 * 224 * 3
+        assert in_flight <= 32 * 2 ** 20
+        assert loader.num_workers > 0 or batch_size > 100
 
 
 ROW = "a,train,s,a/1.png,1,2,3,1,0,0,0"

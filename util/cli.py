@@ -83,9 +83,9 @@ def start(args, suffix="", sections=()):
     import torch
 
     torch.manual_seed(args.seed)
-    device = _device(args.device, config.get("device_id", "cuda:0"))
+    device = device_of(args.device, config.get("device_id", "cuda:0"))
     if device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     return SimpleNamespace(args=args, config=config, device=device, seed=args.seed, prefix=prefix + suffix)
 
 
@@ -148,7 +148,7 @@ def _start_log(output_dir):
     return prefix
 
 
-def _keep_freed_memory():
+def keep_freed_memory():
     """Tell glibc to keep freed memory. By default it gives large blocks back at once, and on a CPU every step of a training
     pays again for the pages of all its activations, which takes as long as computing them."""
     with contextlib.suppress(OSError, AttributeError):  # another system's library has no mallopt
@@ -157,7 +157,8 @@ def _keep_freed_memory():
             mallopt(parameter, value)
 
 
-def _device(asked, preferred):
+def device_of(asked, preferred="cuda:0"):
+    """The device that --device asks for; 'auto' takes the preferred one where it is. Raises UserError for one that is not."""
     import torch
 
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,9 +1,12 @@
 """A frozen APR: what it answers to a query, and its latents over a dataset, computed once."""
+import logging
+import time
+
 import torch
 from tqdm import tqdm
 
 from datasets.camera_poses import epoch_order, test_batches, test_transform, train_transform
-from util.engine import TEST_BATCH_SIZE, to_device
+from util.engine import TEST_BATCH_SIZE, synchronize, to_device
 
 
 def freeze(*modules):
@@ -38,7 +41,7 @@ def compute_latents(run, apr, dataset):
     config = run.config
     if run.args.cache_dir or n_views(config) > 1:
         dataset.cache_frames(run.args.cache_dir, config.get("cache_memory_gb"))
-    results = []
+    results, begin = [], time.perf_counter()
     for view in range(n_views(config)):
         batches = test_batches(dataset, config.get("test_batch_size", TEST_BATCH_SIZE), config["n_workers"], epoch=view)
         for batch in tqdm(batches, desc="latents", unit="batch", disable=None):
@@ -46,7 +49,11 @@ def compute_latents(run, apr, dataset):
             result = infer(apr, batch["img"])
             results.append({"estimate": result["pose"], "pose": batch["pose"],
                             **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}})
-    return {key: torch.cat([result[key] for result in results]) for key in results[0]}
+    latents = {key: torch.cat([result[key] for result in results]) for key in results[0]}
+    synchronize(run.device)
+    seconds, n = time.perf_counter() - begin, len(latents["pose"])
+    logging.info("Latents: %d in %.1f s (%.1f frames/s)", n, seconds, n / seconds)
+    return latents
 
 
 def n_views(config):

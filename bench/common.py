@@ -1,0 +1,62 @@
+"""What the benchmarks share: arguments, frames, tables and JSON."""
+import argparse
+import json
+import os
+import platform
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from util import cli
+from util.files import whole_file
+
+FRAMES = "out/bench/frames"
+
+
+def parser(name, description):
+    arguments = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
+    arguments.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    arguments.add_argument("--json", metavar="FILE", default=f"out/bench/{name}.json", help="(default: out/bench/%(prog)s.json)"
+                           .replace("%(prog)s", name))
+    return arguments
+
+
+def frames(n, width, height):
+    """The label file of n rendered frames, PNG files in FRAMES, made where they are not there yet."""
+    from datasets.labels import POSE_COLUMNS
+    from datasets.synthetic_scenes import camera_path, make_room, render
+    from transforms3d.quaternions import mat2quat
+
+    labels = f"{FRAMES}/{n}-{width}x{height}.csv"
+    if os.path.exists(labels):
+        return labels
+    scene = make_room(np.random.default_rng(0))
+    path = zip(*camera_path(scene, n, np.random.default_rng(1)))
+    folder = f"room/{n}-{width}x{height}"
+    os.makedirs(f"{FRAMES}/{folder}", exist_ok=True)
+    lines = [",".join(("scene", "split", "seq", "img_path", *POSE_COLUMNS))]
+    for i, (position, rotation) in enumerate(tqdm(path, total=n, desc=f"rendering {width}x{height}", disable=None)):
+        name = f"{folder}/frame-{i:06d}.color.png"
+        Image.fromarray(render(scene.faces, position, rotation, width, height)).save(f"{FRAMES}/{name}")
+        lines.append(",".join(("room", "train", "seq-01", name, *(f"{x:.9f}" for x in (*position, *mat2quat(rotation))))))
+    with whole_file(labels) as file:
+        file.write("\n".join(lines) + "\n")
+    return labels
+
+
+def show(args, tables):
+    """Print tables, {title: list of rows, dicts of the same keys}, as Markdown and write them to args.json."""
+    import torch
+
+    device = cli.device_of(args.device)
+    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+               "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    for title, rows in tables.items():
+        print(f"\n{title}\n")
+        print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()) + " |")
+    with whole_file(args.json) as file:
+        json.dump({"machine": machine, **tables}, file, indent=1)
+    print(f"\n{machine}\n{args.json}")

@@ -1,0 +1,257 @@
+"""How fast the models train and test, and what they need: every variant of a model in a process of its own, taking turns."""
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import common
+from models import load_apr
+from models.backbones import EndpointBackbone
+from models.precision import autocast
+from models.transformer import CrossAttention, Dropout, SelfAttention
+from util import cli
+from util.engine import milliseconds
+from util.losses import CameraPoseLoss
+
+CAP_GIB = 7.5  # of an 8 GB card
+CONFIG = {"hidden_dim": 256, "num_scenes": 7, "dim_feedforward": 256, "learnable": True, "s_x": -3.0, "s_q": -6.5, "norm": 2}
+MODELS = {  # name: (model, its config, published batch size)
+    "posenet-mobilenet": ("posenet", {"backbone_type": "mobilenet"}, 32),
+    "posenet-resnet50": ("posenet", {"backbone_type": "resnet50"}, 32),
+    "posenet-efficientnet": ("posenet", {"backbone_type": "efficientnet"}, 32),
+    "ms-transposenet": ("ms-transposenet", {}, 8),
+    "ems-transposenet": ("ems-transposenet", {}, 8),
+}
+MATRIX = {"cpu": 2048, "cuda": 8192}  # side of the matrices whose product tells the machine's peak
+
+
+class Sketch(nn.Module):
+    """The bare arithmetic of MS-Transformer: EfficientNet's blocks 0 to 10 and six pre-norm encoder layers on 196 and on 784
+    tokens, nothing else."""
+
+    def __init__(self, precision):
+        super().__init__()
+        self.precision = precision
+        self.backbone = EndpointBackbone(["reduction_4", "reduction_3"], "none")
+        self.projections = nn.ModuleList(nn.Conv2d(channels, 256, kernel_size=1) for channels in (112, 40))
+        self.branches = nn.ModuleList(nn.Sequential(*(SketchLayer() for _ in range(6))) for _ in range(2))
+
+    def forward(self, data):
+        with autocast(self.precision, data["img"].device, self.training):
+            maps = self.backbone(data["img"])
+            tokens = [branch(projection(x).flatten(2).transpose(1, 2))
+                      for x, projection, branch in zip(maps, self.projections, self.branches)]
+        return {"pose": torch.cat([x.float().mean(dim=1) for x in tokens], dim=1)[:, :7]}
+
+
+class SketchLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(256, 768), nn.Linear(256, 256)
+        self.linear1, self.linear2 = nn.Linear(256, 256), nn.Linear(256, 256)
+        self.norm1, self.norm2 = nn.LayerNorm(256), nn.LayerNorm(256)
+
+    def forward(self, tokens):
+        query, key, value = self.in_proj(self.norm1(tokens)).unflatten(2, (3, 8, 32)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.out_proj(attended.transpose(1, 2).flatten(2))
+        return tokens + self.linear2(F.gelu(self.linear1(self.norm2(tokens))))
+
+
+class PlainSelfAttention(nn.MultiheadAttention):
+    def forward(self, tokens, added):
+        return super().forward(tokens + added, tokens + added, tokens)[0]
+
+
+class PlainCrossAttention(nn.MultiheadAttention):
+    def forward(self, query, keys, values):
+        return super().forward(query, keys, values)[0]
+
+
+PLAIN = {SelfAttention: PlainSelfAttention, CrossAttention: PlainCrossAttention, Dropout: nn.Dropout}
+
+
+class Variant:
+    """A model in a precision, ready to train and test; lives in a process of its own."""
+
+    def __init__(self, name, precision, batch_size, device):
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        self.plain = precision == "plain"
+        self.precision = "fp32" if self.plain else precision
+        if self.device.type == "cuda":
+            cap = CAP_GIB * 2 ** 30 / torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(cap, 1.0), self.device)
+        elif not self.plain:
+            cli.keep_freed_memory()
+        self.images = torch.randn(batch_size, 3, 224, 224, device=self.device)
+        if name == "sketch":
+            self.model = Sketch(precision).to(memory_format=torch.channels_last)
+        else:
+            model, config, _ = MODELS[name]
+            self.model = load_apr(model, "none", {**CONFIG, **config, "precision": self.precision})
+        if self.plain:
+            # As one would write it first: memory and attention as PyTorch has them by default, weights of attention included.
+            self.model = self.model.to(memory_format=torch.contiguous_format)
+            for module in self.model.modules():
+                module.__class__ = PLAIN.get(type(module), type(module))
+        else:
+            self.images = self.images.to(memory_format=torch.channels_last)
+        self.model.to(self.device)
+        self.scenes = torch.arange(batch_size, device=self.device) % CONFIG["num_scenes"]
+        self.poses = F.normalize(torch.randn(batch_size, 7, device=self.device))
+        self.loss = CameraPoseLoss(CONFIG).to(self.device)
+        self.optimizer = torch.optim.Adam([*self.model.parameters(), *self.loss.parameters()], lr=1e-4, fused=not self.plain)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def train(self):
+        self.model.train()
+        result = self.model({"img": self.images, "scene": self.scenes})
+        loss = self.loss(result["pose"], self.poses)
+        if "scene_log_distr" in result:
+            loss = loss + F.nll_loss(result["scene_log_distr"], self.scenes)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    @torch.inference_mode()
+    def test(self):
+        self.model.eval()({"img": self.images, "scene": None})
+
+    @torch.inference_mode()
+    def test_one(self):
+        self.model.eval()({"img": self.images[:1], "scene": None})
+
+    def multiply(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
+        matrix = torch.ones(MATRIX[self.device.type], MATRIX[self.device.type], dtype=dtype, device=self.device)
+        return matrix @ matrix
+
+    def gflop(self):
+        with FlopCounterMode(display=False) as counter:
+            self.test_one()
+        return counter.get_total_flops() / 1e9
+
+    def peak_gib(self):
+        """Most memory that was in use so far: the allocator's on a GPU, the whole process's on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device) / 2 ** 30
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2 ** 20
+
+
+_variant = None
+
+
+def prepare(*arguments):
+    global _variant
+    _variant = Variant(*arguments)
+    peaks = []
+    for call in (_variant.test, _variant.train):
+        call(), call()
+        peaks.append(_variant.peak_gib())
+    return _variant.gflop(), *peaks
+
+
+def measure(what, n, seconds):
+    """Milliseconds of each of at least n calls that take at least some seconds."""
+    taken = []
+    end = time.monotonic() + seconds
+    while len(taken) < n or time.monotonic() < end:
+        taken.append(milliseconds(getattr(_variant, what), _variant.device)[0])
+    return taken
+
+
+def compare(name, variants, rounds, device):
+    """Rows of a table: `variants`, (name, precision, batch size), measured in turns, round after round."""
+    times = {variant: {what: [] for what in ("train", "test", "test_one", "multiply")} for variant in variants}
+    with ExitStack() as stack:
+        processes = {variant: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"))) for variant in variants}
+        needs = {variant: process.submit(prepare, *variant, device).result() for variant, process in processes.items()}
+        for i in range(rounds + 1):
+            for variant, process in processes.items():
+                for what, taken in times[variant].items():
+                    result = process.submit(measure, what, 1 if what in ("train", "test") else 5, 1.0).result()
+                    taken += result if i else []  # the first round warms up
+    rows = []
+    for variant in variants:
+        train, test, one, multiply = (np.median(times[variant][what]) for what in times[variant])
+        gflop, test_peak, train_peak = needs[variant]
+        tflops = 2 * MATRIX[torch.device(device).type] ** 3 / multiply / 1e9
+        size = variant[2]
+        rows.append({
+            "model": variant[0], "precision": variant[1], "batch": size,
+            "train img/s": 1000 * size / train, "test img/s": 1000 * size / test,
+            "one image ms": float(one), "90th pct. ms": float(np.percentile(times[variant]["test_one"], 90)),
+            "peak train GiB": train_peak, "peak test GiB": test_peak, "GFLOP/img": gflop,
+            "train % of matmul peak": float(100 * 3 * gflop * size / train / tflops),
+            "test % of matmul peak": float(100 * gflop * size / test / tflops), "matmul TFLOP/s": float(tflops),
+        })
+    return rows
+
+
+def ratios(rows):
+    """How much faster than the plain variant, and how much slower than the sketch, each variant is."""
+    by_name = {(row["model"], row["precision"]): row for row in rows}
+    compared = []
+    for row in rows:
+        for other, label in ((by_name.get((row["model"], "plain")), "plain"),
+                             (by_name.get(("sketch", row["precision"])), "sketch")):
+            if other and other is not row and (label == "plain" or row["model"] == "ems-transposenet"):
+                compared.append({"model": row["model"], "precision": row["precision"], "batch": row["batch"], "against": label,
+                                 "train: times as fast": row["train img/s"] / other["train img/s"],
+                                 "test: times as fast": row["test img/s"] / other["test img/s"],
+                                 "one image: times as fast": other["one image ms"] / row["one image ms"]})
+    return compared
+
+
+def profile(name, device):
+    """Print where a training step of a model spends its time."""
+    variant = Variant(name, "bf16" if device.type == "cuda" else "fp32", MODELS[name][2], device)
+    for _ in range(3):
+        variant.train()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profiled:
+        variant.train()
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(profiled.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=60))
+
+
+def main():
+    parser = common.parser("models", __doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
+    parser.add_argument("--precisions", nargs="+", choices=("plain", "fp32", "bf16", "fp16"),
+                        help="plain: fp32 without any of our ways (default: plain fp32 bf16, on a GPU fp16 too)")
+    parser.add_argument("--batch_sizes", metavar="N", nargs="+", type=int, help="(default: the published one)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of a second each (default: 5)")
+    parser.add_argument("--profile", choices=MODELS, help="only show where a training step of this model spends its time")
+    args = parser.parse_args()
+    device = cli.device_of(args.device)
+    if args.profile:
+        return profile(args.profile, device)
+    precisions = args.precisions or ["plain", "fp32", "bf16", *["fp16"] * (device.type == "cuda")]
+    tables = {"Models": [], "Compared": []}
+    for name in args.models:
+        for batch_size in args.batch_sizes or [MODELS[name][2]]:
+            variants = [(name, precision, batch_size) for precision in precisions]
+            if name == "ems-transposenet":
+                variants += [("sketch", precision, batch_size) for precision in precisions if precision != "plain"]
+            rows = compare(name, variants, args.rounds, str(device))
+            tables["Models"] += rows
+            tables["Compared"] += ratios(rows)
+            print(name, batch_size, "done", flush=True)
+    if device.type == "cuda":
+        over = [row for row in tables["Models"] if max(row["peak train GiB"], row["peak test GiB"]) > CAP_GIB]
+        print(f"Cap of {CAP_GIB} GiB: {'kept by all' if not over else 'broken'}")
+    common.show(args, {title: rows for title, rows in tables.items() if rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What makes it fast changes no result: attention, dropout, precision, batches, and latents computed once."""
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_here, weights_of, write_labels, write_scene
+from torch import nn
+
+from datasets.camera_poses import CameraPoseDataset, epoch_order, test_batches as ordered_batches, to_input, train_transform
+from models import build_pose_encoder, get_model, load_apr
+from models.transformer import CrossAttention, Dropout, SelfAttention
+from util import engine
+from util.latents import latent_batches
+from util.losses import CameraPoseLoss
+
+SMALL = {"backbone_type": "mobilenet", "hidden_dim": 32, "num_scenes": 2, "nhead": 4, "dim_feedforward": 32,
+         **{f"num_{branch}_{part}coder_layers": 1 for branch in ("t", "rot") for part in ("en", "de")}}
+
+
+@pytest.mark.parametrize("ours", [SelfAttention, CrossAttention])
+def test_attention_and_its_gradients_equal_pytorchs(ours):
+    torch.manual_seed(0)
+    attention, reference = ours(24, 3, batch_first=True), nn.MultiheadAttention(24, 3, batch_first=True)
+    nn.init.normal_(attention.in_proj_bias)  # 0 by default, which would hide it
+    nn.init.normal_(attention.out_proj.bias)
+    reference.load_state_dict(attention.state_dict())
+    inputs = [torch.randn(2, 5, 24), torch.randn(2, 11, 24), torch.randn(2, 11, 24)]
+    if ours is SelfAttention:
+        inputs = [torch.randn(2, 11, 24), torch.randn(11, 24)]
+    weight = torch.randn(2, len(inputs[0][0]), 24)
+
+    def results(module, call):
+        given = [x.clone().requires_grad_() for x in inputs]
+        output = call(module, *given)
+        (output * weight).sum().backward()
+        # PyTorch has a gradient of exactly 0, up to rounding, for the keys' bias of either; ours has none of cross-attention's.
+        return [output, *(x.grad for x in given), *(p.grad for p in module.parameters())]
+
+    def of_pytorch(module, *given):
+        if ours is SelfAttention:
+            return module(given[0] + given[1], given[0] + given[1], given[0])[0]
+        return module(*given)[0]
+
+    for mine, theirs in zip(results(attention, lambda module, *given: module(*given)), results(reference, of_pytorch)):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_dropout_drops_as_many_as_it_should_and_scales_the_rest():
+    torch.manual_seed(0)
+    for p in (0.1, 0.5):
+        x = torch.full((1000, 1003), 3.0, requires_grad=True)
+        y = Dropout(p)(x)
+        dropped = (y == 0).float()
+        assert abs(dropped.mean() - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5
+        # Rows and columns are independent: their shares scatter as binomial ones do.
+        for dim in (0, 1):
+            assert abs(dropped.mean(dim=dim).std() / (p * (1 - p) / x.shape[dim]) ** 0.5 - 1) < 0.15
+        assert torch.allclose(y[y != 0], torch.tensor(3 / (1 - p)), rtol=1e-4)
+        y.sum().backward()
+        assert torch.equal(x.grad, y.detach() / 3)
+        torch.manual_seed(1)
+        again = Dropout(p)(x)
+        torch.manual_seed(1)
+        assert torch.equal(Dropout(p)(x), again) and not torch.equal(again, y)
+        assert Dropout(p).eval()(x) is x
+
+
+def test_attention_in_training_has_the_mean_of_attention_in_testing():
+    torch.manual_seed(0)
+    attention = SelfAttention(16, 2, dropout=0.2, batch_first=True)
+    tokens, added = torch.randn(1, 6, 16), torch.randn(6, 16)
+    with torch.no_grad():
+        drawn = attention(tokens.expand(20000, -1, -1), added)
+        expected = attention.eval()(tokens, added)
+    assert (drawn.std(dim=0) > 0.01).any()
+    assert torch.allclose(drawn.mean(dim=0), expected[0], atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["posenet", "ms-transposenet", "ems-transposenet"])
+def test_low_precision_stays_in_the_network(name):
+    torch.manual_seed(0)
+    image = {"img": torch.randn(2, 3, 224, 224), "scene": torch.tensor([0, 1])}
+    models = {precision: get_model(name, "none", {**SMALL, "precision": precision}) for precision in ("fp32", "bf16", "auto")}
+    weights = models["fp32"].state_dict()
+    # A position in kilometres: bf16 would round it to 8 m.
+    bias = {"posenet": "x_reg", "ms-transposenet": "regressor_head_t.0.fc_o", "ems-transposenet": "regressor_head_t.fc_o"}[name]
+    weights[f"{bias}.bias"] += 1001.0
+    for model in models.values():
+        model.load_state_dict(weights)
+    with torch.no_grad():
+        results = {precision: model.eval()(image) for precision, model in models.items()}
+    for key, exact in results["fp32"].items():
+        assert torch.equal(results["auto"][key], exact)  # tests are exact
+        assert results["bf16"][key].dtype == torch.float32
+    assert any(not torch.equal(results["bf16"][key], exact) for key, exact in results["fp32"].items())
+    assert (results["bf16"]["pose"][0] - results["fp32"]["pose"][0]).abs().max() < 0.1
+
+
+def test_bf16_trains_to_nearly_the_same_weights(layout):
+    _, arguments = layout
+    exact, low = (torch.load(weights_of(run_here("main.py", *arguments("train"), f"precision={precision}", "n_epochs=1",
+                                                 "average_last=0"))) for precision in ("fp32", "bf16"))
+    first = "backbone.0.0.0.weight"
+    assert low[first].dtype == torch.float32 and not torch.equal(exact[first], low[first])
+    assert torch.allclose(exact[first], low[first], atol=0.01)
+
+
+def test_scaling_the_loss_for_fp16_changes_no_step(tmp_path):
+    weights = {}
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        model, data = nn.Linear(7, 7), torch.randn(6, 4, 7)
+        config = {"lr": 0.1, "eps": 1e-10, "weight_decay": 0, "lr_scheduler_step_size": 100, "lr_scheduler_gamma": 1,
+                  "n_epochs": 3, "n_freq_print": 1, "n_freq_checkpoint": 100, "precision": precision}
+        run = SimpleNamespace(config=config, device=torch.device("cpu"), prefix=str(tmp_path / precision))
+
+        def step(batch):
+            pose = model(batch["pose"])
+            return (pose ** 2).mean(), pose
+
+        engine.train(run, model, nn.Module(), lambda epoch: [{"pose": poses} for poses in data], step, {})
+        weights[precision] = model.weight.detach()
+    assert torch.allclose(weights["fp32"], weights["fp16"], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layout")
+    write_labels(folder / "labels.csv", write_scene(folder, "attic", 7, "train"))
+
+    def arguments(mode, *weights):
+        return ["posenet", mode, "none", folder, folder / "labels.csv", ROOT / "config.json", *weights, "--output_dir",
+                folder / "out", "--set", "backbone_type=mobilenet", "hidden_dim=32", "batch_size=3", "n_workers=0", "n_epochs=4"]
+    torch.manual_seed(0)
+    torch.save(get_model("posenet", "none", SMALL).state_dict(), folder / "apr.pth")
+    return folder, arguments
+
+
+def test_a_test_in_batches_finds_what_single_frames_give(layout):
+    folder, arguments = layout
+    tables = {}
+    for size in (1, 5):
+        output = run_here("main.py", *arguments("test"), f"test_batch_size={size}", "--checkpoint_path", folder / "apr.pth",
+                          "--predictions_path", folder / f"{size}.csv")
+        tables[size] = pd.read_csv(folder / f"{size}.csv").select_dtypes("number")
+        assert len([line for line in output.splitlines() if line.startswith("Pose error")]) == 7
+    assert np.allclose(tables[1], tables[5], rtol=1e-4, atol=1e-5)
+
+
+def test_latents_computed_once_train_the_pae_that_a_teacher_in_every_epoch_trains(layout):
+    folder, arguments = layout
+    settings = ["precision=fp32", "average_last=0", "lr=1e-3"]
+    trained = torch.load(weights_of(run_here("main_learn_pose_encoding.py", *arguments("train", folder / "apr.pth"), *settings)))
+
+    torch.manual_seed(0)
+    apr = load_apr("posenet", "none", dict(SMALL), folder / "apr.pth").eval().requires_grad_(False)
+    encoder = build_pose_encoder("posenet", SMALL)
+    pose_loss = CameraPoseLoss({"learnable": True, "s_x": -3.0, "s_q": -6.5, "norm": 2})
+    optimizer = torch.optim.Adam([*encoder.parameters(), *pose_loss.parameters()], lr=1e-3, eps=1e-10, weight_decay=1e-4)
+    dataset = CameraPoseDataset(folder, folder / "labels.csv")
+    for epoch in range(4):
+        for rows in epoch_order(7, 0, epoch).split(3):
+            result = apr({"img": to_input(torch.stack([dataset[int(row)]["img"] for row in rows]))})
+            latent_x, latent_q = encoder(result["pose"])
+            loss = (F.mse_loss(latent_x, result["latent_x"]) + F.mse_loss(latent_q, result["latent_q"])
+                    + pose_loss(apr.regress(latent_x, latent_q), dataset.poses[rows]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    moved = 0.0
+    for key, value in encoder.state_dict().items():
+        assert torch.allclose(trained[key], value, atol=2e-4), key
+        moved = max(moved, float((value - value.mean()).abs().max()))
+    assert moved > 0.01
+
+
+def test_latent_views_are_augmented_and_take_turns(layout, monkeypatch):
+    folder, arguments = layout
+    from models.posenet import PoseNet
+    seen = []
+    forward = PoseNet.forward
+    monkeypatch.setattr(PoseNet, "forward", lambda self, data: seen.append(data["img"]) or forward(self, data))
+    for script, weights in (("main_learn_pose_encoding.py", ["apr.pth"]), ("main_refine_apr.py", ["apr.pth", "pae.pth"])):
+        seen.clear()
+        torch.save(build_pose_encoder("posenet", SMALL).state_dict(), folder / "pae.pth")
+        run_here(script, *arguments("train", *(folder / name for name in weights)), "latent_views=3")
+        dataset = CameraPoseDataset(folder, folder / "labels.csv", train_transform())
+        views = [to_input(torch.cat([batch["img"] for batch in ordered_batches(dataset, 7, 0, epoch)])) for epoch in range(3)]
+        assert torch.equal(torch.cat(seen), torch.cat(views)) and not torch.equal(views[0], views[1])
+
+    latents = {"pose": torch.arange(5).repeat(3), "view": torch.arange(3).repeat_interleave(5)}
+    batches = latent_batches(latents, 2, 0, n_views=3)
+    drawn = set()
+    for epoch in range(3):
+        rows = {key: torch.cat([batch[key] for batch in batches(epoch)]).tolist() for key in latents}
+        assert sorted(rows["pose"]) == list(range(5)) and len(set(rows["view"])) > 1
+        drawn |= set(zip(rows["pose"], rows["view"]))
+    assert len(drawn) == 15
