@@ -18,7 +18,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     from models import build_pose_encoder, load_apr
     from util import engine
     from util.errors import UserError
-    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views
+    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread
     from util.losses import CameraPoseLoss
     from util.report import report, scene_names_of
 
@@ -46,7 +46,8 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
             return loss, pose
 
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
-        engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names))
+        with one_thread():
+            engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names))
     else:
         encoder.eval()
 

@@ -27,7 +27,7 @@ def main():
     from models.pose_refiner import PoseRefiner
     from util import engine
     from util.errors import UserError
-    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views
+    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread
     from util.losses import CameraPoseLoss
     from util.references import nearest_references, read_references
     from util.report import report, scene_names_of
@@ -75,7 +75,8 @@ def main():
             pose = refiner(query_latents, reference_latents[batch["reference"]], poses[batch["reference"]])
             return pose_loss(pose, batch["pose"]), pose
 
-        engine.train(run, refiner, pose_loss, batches, step, cli.about(run, "refiner of " + args.model_name, names))
+        with one_thread():
+            engine.train(run, refiner, pose_loss, batches, step, cli.about(run, "refiner of " + args.model_name, names))
     else:
         refiner.eval()
         references, scenes = (t.to(run.device) for t in read_references(

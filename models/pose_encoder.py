@@ -9,8 +9,8 @@ FOURIER_FEATURES = 2 * OCTAVES + 1  # of one number
 
 def fourier_features(values):
     """v, sin(2^0 v), cos(2^0 v), sin(2^1 v), ...: N x D -> N x 13 D (Mildenhall et al., ECCV 2020, eq. 4, without pi)."""
-    octaves = [f(2.0 ** k * values) for k in range(OCTAVES) for f in (torch.sin, torch.cos)]
-    return torch.cat([values, *octaves], dim=1)
+    angles = values.unsqueeze(1) * 2.0 ** torch.arange(OCTAVES, device=values.device).unsqueeze(1)
+    return torch.cat((values, torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)), dim=1)
 
 
 class _PoseEncoder(nn.Module):

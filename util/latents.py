@@ -1,4 +1,5 @@
 """A frozen APR: what it answers to a query, and its latents over a dataset, computed once."""
+import contextlib
 import logging
 import time
 
@@ -28,6 +29,18 @@ def latent_transform(run):
     """The transform of the frames that a PAE or a refiner works on: the tests', or in training with `latent_views` the
     augmentation. run: of cli.start."""
     return train_transform() if run.args.mode == "train" and run.config.get("latent_views", 0) else test_transform()
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Compute on one CPU thread, for networks as small as a PAE: their products gain nothing from more, and lose much where
+    the cores have other work."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 @torch.no_grad()
