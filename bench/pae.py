@@ -63,9 +63,9 @@ def main():
                 teacher, training, memory = run(script, device, f"{folder}/{what}-{k}", dataset_path, labels, *weights)
                 rows.append({"training": what, "frames": k * len(lines), "teacher pass s": teacher,
                              f"{N_EPOCHS} epochs s": training, "epochs / teacher pass": training / teacher,
-                             "ms a frame, both": 1000 * (teacher + training) / (k * len(lines)), "peak GiB": memory})
+                             "ms a frame, both": 1000 * (teacher + training) / (k * len(lines)), "peak GiB (host)": memory})
     common.show(args, {"PAE and refiner of PoseNet MobileNetV2": rows})
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,8 +1,8 @@
 """Frames with their camera poses, and the published transforms."""
 import functools
-import multiprocessing
 import os
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class CameraPoseDataset(Dataset):
     def cache_frames(self, cache_dir=None, memory_gb=None):
         """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
         default a quarter of what is free). The items stay the same. Raises UserError for an unreadable image."""
-        n_threads = _n_cores()
+        n_threads = n_cores()
         if cache_dir:
             self.cache = cache_in_file(cache_dir, self.paths, self._read, n_threads)
         else:
@@ -170,18 +170,21 @@ def _mix(*numbers):
 
 
 def _loader(dataset, batch_size, n_workers, sampler):
-    n_workers = min(n_workers, _n_cores())  # more only take turns
+    n_workers = min(n_workers, n_cores())  # more only take turns
     if n_workers and os.path.isdir(SHARED_MEMORY):
         # Workers hand over batches in shared memory, two each at a time; a container has 64 MB of it, and overrunning it
         # kills them.
         free = shutil.disk_usage(SHARED_MEMORY).free
         n_workers = min(n_workers, free // (4 * batch_size * SIZE * SIZE * 3))
-    # Forked, since a cache in memory cannot be sent to another process.
-    context = "fork" if n_workers and "fork" in multiprocessing.get_all_start_methods() else None
+    # Forked, to share the cache; where that is unsafe, a cache stays in its process.
+    context = "fork" if n_workers and sys.platform == "linux" else None
+    if context is None and getattr(dataset, "cache", None) is not None:
+        n_workers = 0
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=n_workers, persistent_workers=n_workers > 0,
-                      multiprocessing_context=context, pin_memory=torch.cuda.is_available(),
+                      multiprocessing_context=context, pin_memory=torch.cuda.is_initialized(),
                       generator=torch.Generator())  # not the global one, which would tell the number of workers
 
 
-def _n_cores():
+def n_cores():
+    """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

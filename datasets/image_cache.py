@@ -6,6 +6,7 @@ import mmap
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -54,7 +55,7 @@ def cache_in_memory(paths, read, n_threads, budget=None):
     if n_kept < len(paths):
         logging.info("Frames kept in memory: %d of %d, as many as fit into %.2f GB (cache_memory_gb; by default a quarter of "
                      "what is free); --cache_dir keeps all of them in a file", n_kept, len(paths), budget / 1e9)
-    if n_kept == 0:
+    if n_kept == 0 or ends[n_kept - 1] == 0:
         return None
     buffer = mmap.mmap(-1, int(ends[n_kept - 1]))
     signatures = []
@@ -109,25 +110,38 @@ def read_image(path):
 
 
 def free_memory():
-    """Bytes of memory that are free for use, within the limit of the control group (a container's, say); 0 where the system
-    does not tell."""
-    def number(path, key=""):
-        with open(path) as file:
-            return next(int(line.split()[1 if key else 0]) for line in file if line.startswith(key))
-
+    """Bytes of memory that are free for use, within the limits of the control groups (a container's or a batch job's); 0
+    where the system does not tell."""
     try:
-        free = 1024 * number("/proc/meminfo", "MemAvailable:")
-    except (OSError, StopIteration, ValueError):
+        free = [1024 * _number("/proc/meminfo", "MemAvailable:")]
+        with open("/proc/self/cgroup") as file:
+            groups = [line.strip().split(":", 2)[1:] for line in file]
+    except (OSError, ValueError):
         return 0
-    for limit, used, stat, reclaimable in (
-            ("memory.max", "memory.current", "memory.stat", "inactive_file "),
-            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file ")):
-        try:
-            group = [number(f"/sys/fs/cgroup/{name}") for name in (limit, used)]
-            free = min(free, group[0] - group[1] + number(f"/sys/fs/cgroup/{stat}", reclaimable))
-        except (OSError, StopIteration, ValueError):  # no such group, or "max": no limit
+    for controllers, group in groups:
+        if controllers == "":
+            root, limit, used, reclaimable = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "
+        elif "memory" in controllers.split(","):
+            root, limit, used, reclaimable = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+                                              "total_inactive_file ")
+        else:
             continue
-    return max(free, 0)
+        group = PurePosixPath(group.lstrip("/"))
+        for folder in (group, *group.parents):
+            try:
+                free.append(_number(f"{root}/{folder}/{limit}") - _number(f"{root}/{folder}/{used}")
+                            + _number(f"{root}/{folder}/memory.stat", reclaimable))
+            except (OSError, ValueError):  # not to be seen from here, or "max": no limit
+                continue
+    return max(min(free), 0)
+
+
+def _number(path, key=""):
+    with open(path) as file:
+        for line in file:
+            if line.startswith(key):
+                return int(line.split()[1 if key else 0])
+    raise ValueError
 
 
 def _decode(paths, read, n_threads):

@@ -58,7 +58,7 @@ class MSTransPoseNet(nn.Module):
         """All but the heads: the batch -> {'latent_x', 'latent_q': N x hidden_dim of the chosen scene,
         'scene': N, the chosen scene, 'scene_log_distr': N x num_scenes}."""
         backbone, positions = self.backbone
-        with autocast(self.precision, data["img"].device, self.training):
+        with autocast(self.precision, data["img"].device):
             map_t, map_rot = backbone(data["img"])
             latents_t = self.transformer_t(self.input_proj_t(map_t), self.query_embed_t.weight, positions(map_t))
             latents_rot = self.transformer_rot(self.input_proj_rot(map_rot), self.query_embed_rot.weight, positions(map_rot))

@@ -29,7 +29,7 @@ class PoseNet(nn.Module):
             nn.init.kaiming_normal_(linear.weight)
 
     def forward(self, data):
-        with autocast(self.precision, data["img"].device, self.training):
+        with autocast(self.precision, data["img"].device):
             features = feature_map(self.backbone, data["img"])
         features = features.float().mean(dim=(2, 3))
         # Crossed: the published checkpoints were trained so.

@@ -7,20 +7,19 @@ import torch
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve(precision, device, training):
-    """'fp32', 'bf16' or 'fp16' for the config's `precision`, which may also be 'auto'.
+def resolve(precision, device):
+    """The precision to train in, 'fp32', 'bf16' or 'fp16', for the config's `precision`.
 
-    auto tests in fp32, whose errors are the published ones, and trains in bf16 where the device computes with it (CUDA
-    since compute capability 8.0, CPUs with AVX512-BF16 or AMX), in fp16 on CUDA of 7.0 to 7.5, else in fp32.
+    auto is bf16 where the device computes with it (CUDA since compute capability 8.0, CPUs with AVX512-BF16 or AMX), fp16
+    on CUDA of 7.0 to 7.5, else fp32.
     """
-    if precision != "auto":
-        return precision
-    return _fastest(device) if training else "fp32"
+    return _fastest(device) if precision == "auto" else precision
 
 
-def autocast(precision, device, training):
-    """A context in which networks compute in a precision, `precision` as in the config."""
-    dtype = _DTYPES.get(resolve(precision, device, training))
+def autocast(precision, device):
+    """A context in which networks compute in a precision; auto, where nothing trains, is fp32, whose errors are the
+    published ones."""
+    dtype = _DTYPES.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 

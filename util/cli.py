@@ -86,6 +86,8 @@ def start(args, suffix="", sections=()):
     device = device_of(args.device, config.get("device_id", "cuda:0"))
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(device)
     return SimpleNamespace(args=args, config=config, device=device, seed=args.seed, prefix=prefix + suffix)
 
 
@@ -171,4 +173,4 @@ def device_of(asked, preferred="cuda:0"):
         raise UserError(f"device '{asked}' is unknown: choose auto, cpu, cuda or cuda:N")
     if asked not in here:
         raise UserError(f"device '{asked}' is not here: this machine has {n_cuda} CUDA devices; choose auto or cpu")
-    return torch.device(asked)
+    return torch.device("cuda", torch.cuda.current_device()) if asked == "cuda" else torch.device(asked)

@@ -35,8 +35,9 @@ def train(run, model, pose_loss, batches, step, about):
     config = run.config
     parameters = [p for module in (model, pose_loss) for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=config["lr"], eps=config["eps"], weight_decay=config["weight_decay"], fused=True)
-    precision = resolve(config.get("precision", "fp32"), run.device, training=True)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=precision == "fp16")
+    precision = config.get("precision", "fp32")
+    model.precision = resolve(precision, run.device)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=model.precision == "fp16")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config["lr_scheduler_step_size"], config["lr_scheduler_gamma"])
     n_epochs, n_freq_print, n_freq_checkpoint = (config[key] for key in ("n_epochs", "n_freq_print", "n_freq_checkpoint"))
 
@@ -74,6 +75,7 @@ def train(run, model, pose_loss, batches, step, about):
             if (epoch + 1) % n_freq_checkpoint == 0:
                 save_weights(f"{run.prefix}_checkpoint-{epoch + 1}.pth", model.state_dict(), about)
 
+    model.precision = precision  # as in tests
     if averaged:
         for parameter, mean in zip(model.parameters(), averaged):
             parameter.data.copy_(mean)
@@ -104,22 +106,21 @@ def evaluate(run, estimate, dataset):
     if run.args.cache_dir:
         dataset.cache_frames(run.args.cache_dir)
     batches = test_batches(dataset, run.config.get("test_batch_size", TEST_BATCH_SIZE), run.config["n_workers"])
-    results, alone = [], []
+    results, singles = [], []
     with tqdm(total=len(dataset), unit="frame", disable=None) as progress:
         for batch in batches:
             batch = to_device(batch, run.device)
-            for i in range(min(N_TIMED - len(alone), len(batch["pose"]))):
-                frame = {key: value[i:i + 1] for key, value in batch.items()}
-                for _ in range(N_WARM_UP if not alone else 0):  # the first calls build and warm up; their time says nothing
-                    estimate(frame)
-                alone.append(milliseconds(lambda: estimate(frame), run.device)[0])
+            singles += [{key: value[i:i + 1] for key, value in batch.items()}
+                        for i in range(min(N_TIMED - len(singles), len(batch["pose"])))]
             taken, result = milliseconds(lambda: estimate(batch), run.device)
             size = len(batch["pose"])
             result["milliseconds"] = torch.full((size,), taken / size)
             results.append({key: value.cpu() for key, value in result.items()})
             progress.update(size)
+    # Single frames last, when no worker decodes any more; the first calls build and warm up, their time says nothing.
+    alone = [milliseconds(lambda: estimate(frame), run.device)[0] for frame in [singles[0]] * N_WARM_UP + singles]
     results = {key: torch.cat([result[key] for result in results]) for key in results[0]}
-    return {**results, "milliseconds_alone": torch.tensor(alone)}
+    return {**results, "milliseconds_alone": torch.tensor(alone[N_WARM_UP:])}
 
 
 def to_device(batch, device):

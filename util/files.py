@@ -1,5 +1,6 @@
 """Telling files apart, and writing them whole or not at all."""
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def whole_file(path, mode="w"):
     system refuses to write.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: cannot be written: is no file")
     try:
