@@ -5,9 +5,13 @@ import os
 import platform
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
+from transforms3d.quaternions import mat2quat
 
+from datasets.labels import POSE_COLUMNS
+from datasets.synthetic_scenes import camera_path, make_room, render
 from util import cli
 from util.files import whole_file
 
@@ -17,17 +21,12 @@ FRAMES = "out/bench/frames"
 def parser(name, description):
     arguments = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     arguments.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    arguments.add_argument("--json", metavar="FILE", default=f"out/bench/{name}.json", help="(default: out/bench/%(prog)s.json)"
-                           .replace("%(prog)s", name))
+    arguments.add_argument("--json", metavar="FILE", default=f"out/bench/{name}.json", help=f"(default: out/bench/{name}.json)")
     return arguments
 
 
 def frames(n, width, height):
     """The label file of n rendered frames, PNG files in FRAMES, made where they are not there yet."""
-    from datasets.labels import POSE_COLUMNS
-    from datasets.synthetic_scenes import camera_path, make_room, render
-    from transforms3d.quaternions import mat2quat
-
     labels = f"{FRAMES}/{n}-{width}x{height}.csv"
     if os.path.exists(labels):
         return labels
@@ -47,10 +46,8 @@ def frames(n, width, height):
 
 def show(args, tables):
     """Print tables, {title: list of rows, dicts of the same keys}, as Markdown and write them to args.json."""
-    import torch
-
     device = cli.device_of(args.device)
-    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
                "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     for title, rows in tables.items():
         print(f"\n{title}\n")
@@ -60,3 +57,11 @@ def show(args, tables):
     with whole_file(args.json) as file:
         json.dump({"machine": machine, **tables}, file, indent=1)
     print(f"\n{machine}\n{args.json}")
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

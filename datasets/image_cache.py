@@ -31,9 +31,6 @@ class ImageCache:
         self.paths, self.signatures, self.shapes, self.pixels = paths, signatures, shapes, pixels
         self.ends = np.cumsum([height * width * 3 for height, width in shapes]).tolist()
 
-    def __len__(self):
-        return len(self.shapes)
-
     def __getitem__(self, i):
         if i >= len(self.shapes) or _signature(self.paths[i]) != self.signatures[i]:
             return None
@@ -57,7 +54,11 @@ def cache_in_memory(paths, read, n_threads, budget=None):
                      "what is free); --cache_dir keeps all of them in a file", n_kept, len(paths), budget / 1e9)
     if n_kept == 0 or ends[n_kept - 1] == 0:
         return None
-    buffer = mmap.mmap(-1, int(ends[n_kept - 1]))
+    try:
+        buffer = mmap.mmap(-1, int(ends[n_kept - 1]))
+    except OSError as error:
+        raise UserError(f"{ends[n_kept - 1] / 1e9:.2f} GB of memory for decoded frames cannot be had ({error.strerror}); set "
+                        f"cache_memory_gb to less, or give --cache_dir") from error
     signatures = []
     for i, (signature, pixels) in enumerate(_decode(paths[:n_kept], read, n_threads)):
         if pixels.shape[:2] != shapes[i]:

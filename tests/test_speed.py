@@ -15,7 +15,7 @@ from models import build_pose_encoder, get_model, load_apr
 from models.backbones import build_backbone
 from models.transformer import CrossAttention, Dropout, SelfAttention
 from util import engine
-from util.latents import latent_batches
+from util.latents import compute_latents, latent_batches
 from util.losses import CameraPoseLoss
 
 SMALL = {"backbone_type": "mobilenet", "hidden_dim": 32, "num_scenes": 2, "nhead": 4, "dim_feedforward": 32,
@@ -193,6 +193,23 @@ def test_latents_computed_once_train_the_pae_that_a_teacher_in_every_epoch_train
     for key, value in encoder.state_dict().items():
         assert torch.allclose(trained[key], value, atol=2e-4), key
         assert (trained[key] - initial[key]).abs().max() > 3e-3
+
+
+@pytest.mark.parametrize("name", ["posenet", "ems-transposenet"])
+def test_latents_are_what_the_apr_gives_for_each_frame(layout, name):
+    folder, _ = layout
+    apr = get_model(name, "none", SMALL).eval()
+    dataset = CameraPoseDataset(folder, folder / "labels.csv")
+    run = SimpleNamespace(config={"test_batch_size": 3, "n_workers": 0}, device=torch.device("cpu"),
+                          args=SimpleNamespace(cache_dir=None))
+    latents = compute_latents(run, apr, dataset)
+    for i in range(7):
+        with torch.no_grad():
+            single = apr({"img": to_input(dataset[i]["img"][None]), "scene": None})
+        for key, value in (("latent_x", "latent_x"), ("latent_q", "latent_q"), ("estimate", "pose")):
+            assert torch.allclose(latents[key][i], single[value][0], atol=1e-4)
+        assert torch.equal(latents["pose"][i], dataset.poses[i])
+        assert name == "posenet" or latents["scene"][i] == single["scene_log_distr"].argmax()
 
 
 def test_latent_views_are_augmented_and_take_turns(layout, monkeypatch):
