@@ -26,11 +26,11 @@ def train(run, model, pose_loss, batches, step, about):
     step: batch on the device -> (loss, estimated poses N x 7); batch['pose'] is the truth.
     about: what the JSON beside the weights says.
 
-    The loop waits for the device only where it logs. Adam and a step schedule by the config. Every n_freq_checkpoint epochs the weights go to
-    <prefix>_checkpoint-<epoch>.pth and at the end to <prefix>_final.pth, the picture of the loss to
+    The loop waits for the device only where it logs. Adam and a step schedule by the config. Every n_freq_checkpoint epochs
+    the weights go to <prefix>_checkpoint-<epoch>.pth and at the end to <prefix>_final.pth, the picture of the loss to
     <prefix>_loss_fig.png. The final weights are the mean over the steps of the last `average_last` of the training, and
-    batch norm's statistics are taken anew for them, over one more epoch (Izmailov et al., UAI 2018, algorithm 1); without
-    that key they are those of the last step, as published.
+    batch norm's statistics are taken anew for them, over one more epoch (Izmailov et al., UAI 2018, algorithm 1), in the
+    precision of tests; without that key they are those of the last step, as published.
     """
     config = run.config
     parameters = [p for module in (model, pose_loss) for p in module.parameters() if p.requires_grad]

@@ -45,11 +45,11 @@ def one_thread():
 
 @torch.no_grad()
 def compute_latents(run, apr, dataset):
-    """Run a frozen APR over a dataset once, in batches of `test_batch_size`; with `latent_views` K in the config K times, over the
-    views that the dataset's transform makes in epochs 0 to K-1.
+    """Run a frozen APR over a dataset once, in batches of `test_batch_size`; with `latent_views` K in the config K times,
+    over the views that the dataset's transform makes in epochs 0 to K-1.
 
-    run: of cli.start. Returns tensors on the device, K N rows in the dataset's order, view after view: 'latent_x', 'latent_q', 'estimate' (the
-    APR's raw pose), 'pose' (the truth) and, of multi-scene models, 'scene' (the APR's).
+    run: of cli.start. Returns tensors on the device, K N rows in the dataset's order, view after view: 'latent_x',
+    'latent_q', 'estimate' (the APR's raw pose), 'pose' (the truth) and, of multi-scene models, 'scene' (the APR's).
     """
     config = run.config
     if run.args.cache_dir or n_views(config) > 1:
