@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import common
 from models import load_apr
 from models.backbones import EndpointBackbone
-from models.precision import autocast
+from models.precision import DTYPES, autocast
 from models.transformer import CrossAttention, Dropout, SelfAttention
 from util import cli
 from util.engine import TEST_BATCH_SIZE, milliseconds
@@ -133,8 +133,8 @@ class Variant:
         self.model({"img": self.images[:1].expand(TEST_BATCH_SIZE, -1, -1, -1), "scene": None})
 
     def multiply(self):
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
-        matrix = torch.ones(MATRIX[self.device.type], MATRIX[self.device.type], dtype=dtype, device=self.device)
+        side, dtype = MATRIX[self.device.type], DTYPES.get(self.precision, torch.float32)
+        matrix = torch.ones(side, side, dtype=dtype, device=self.device)
         return matrix @ matrix
 
     def gflop(self):
@@ -179,7 +179,7 @@ def measure(what, n, seconds):
     return taken
 
 
-def compare(name, variants, rounds, device):
+def compare(variants, rounds, device):
     """Rows of a table: `variants`, (name, precision, batch size), measured in turns, round after round."""
     times = {variant: {what: [] for what in ("train", "test", "test_one", "multiply")} for variant in variants}
     with ExitStack() as stack:
@@ -206,7 +206,8 @@ def compare(name, variants, rounds, device):
             "model": variant[0], "precision": variant[1], "batch": size,
             "train img/s": 1000 * size / train, "test img/s": 1000 * size / test,
             "one image ms": float(one), "90th pct. ms": float(np.percentile(times[variant]["test_one"], 90)),
-            "peak train GiB": train_peak, "peak test GiB": test_peak, f"% of {CAP_GIB} GiB": 100 * max(train_peak, test_peak) / CAP_GIB, "GFLOP/img": gflop,
+            "peak train GiB": train_peak, "peak test GiB": test_peak,
+            f"% of {CAP_GIB} GiB": 100 * max(train_peak, test_peak) / CAP_GIB, "GFLOP/img": gflop,
             "train % of matmul peak": float(100 * 3 * gflop * size / train / tflops),
             "test % of matmul peak": float(100 * gflop * size / test / tflops), "matmul TFLOP/s": float(tflops),
         })
@@ -220,7 +221,7 @@ def ratios(rows):
     for row in rows:
         for other, label in ((by_name.get((row["model"], "plain")), "plain"),
                              (by_name.get(("sketch", row["precision"])), "sketch")):
-            if other and other is not row and (label == "plain" or row["model"] == "ems-transposenet"):
+            if other and other is not row:
                 compared.append({"model": row["model"], "precision": row["precision"], "batch": row["batch"], "against": label,
                                  "train: times as fast": row["train img/s"] / other["train img/s"],
                                  "test: times as fast": row["test img/s"] / other["test img/s"],
@@ -259,7 +260,7 @@ def main():
             variants = [(name, precision, batch_size) for precision in precisions]
             if name == "ems-transposenet":
                 variants += [("sketch", precision, batch_size) for precision in precisions if precision != "plain"]
-            rows = compare(name, variants, args.rounds, str(device))
+            rows = compare(variants, args.rounds, str(device))
             tables["Models"] += rows
             tables["Compared"] += ratios(rows)
             print(name, batch_size, "done", flush=True)

@@ -99,9 +99,10 @@ def main():
     device = cli.device_of(args.device)
     if device.type == "cpu":
         cli.keep_freed_memory()
-    sources = {f"{width}x{height}": (common.FRAMES, common.frames(n, width, height)) for n, width, height in SIZES}
     if args.dataset_path:
         sources = {args.labels_file: (args.dataset_path, args.labels_file)}
+    else:
+        sources = {f"{width}x{height}": (common.FRAMES, common.frames(n, width, height)) for n, width, height in SIZES}
     common.show(args, {
         "Loader": [row for title, source in sources.items() for row in loader_rows(title, *source, args.workers)],
         f"PoseNet MobileNetV2 training, batch {BATCH_SIZE}, from the second epoch on":

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(precision, device):
@@ -19,7 +19,7 @@ def resolve(precision, device):
 def autocast(precision, device):
     """A context in which networks compute in a precision; auto, where nothing trains, is fp32, whose errors are the
     published ones."""
-    dtype = _DTYPES.get(precision)
+    dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
