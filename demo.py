@@ -16,13 +16,13 @@ POSENET = ["--preset", "7Scenes", "--set", "backbone_type=mobilenet"]
 MS_TRANSFORMER = ["--set", "num_scenes=2", "hidden_dim=64", "nhead=4", "dim_feedforward=128", "num_t_encoder_layers=2",
                   "num_t_decoder_layers=1", "num_rot_encoder_layers=2", "num_rot_decoder_layers=1",
                   'reduction=["reduction_4", "reduction_4"]']
-# A few minutes on two cores instead of hours: fewer epochs, and the rooms' light does not change, so no colour jitter.
+# A few minutes on two cores instead of hours: fewer epochs.
 TRAINING = {
-    "posenet": ["no_augment=true", "batch_size=16", "n_epochs=9", "lr_scheduler_step_size=3", "s_x=-2", "n_workers=0"],
-    "ems-transposenet": ["no_augment=true", "batch_size=16", "n_epochs=12", "lr_scheduler_step_size=4",
+    "posenet": ["n_epochs=10", "lr_scheduler_step_size=4", "n_workers=1"],
+    "ems-transposenet": ["batch_size=16", "n_epochs=12", "lr_scheduler_step_size=4",
                          "lr_scheduler_gamma=0.5", "lr=1e-3", "s_x=-2", "s_q=-4", "n_workers=0"],
 }
-AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3"]  # of the PAE and the refiner
+AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3"]  # of the PAE
 
 
 def main():
@@ -47,9 +47,9 @@ def main():
         return run(script, model, "train", "none", data, training_labels, "config.json", *weights, "--output_dir", out,
                    *settings, *more)
 
-    def test(script, name, *weights):
+    def test(script, name, *weights, mode="test"):
         for room in names:
-            run(script, model, "test", "none", data, f"{labels}/abs_7scenes_pose.csv_{room}_test.csv", "config.json", *weights,
+            run(script, model, mode, "none", data, f"{labels}/abs_7scenes_pose.csv_{room}_test.csv", "config.json", *weights,
                 "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)
 
     pae_script = "main_learn_pose_encoding.py" if rooms == 1 else "main_learn_multiscene_pose_encoding.py"
@@ -57,8 +57,7 @@ def main():
     test("main.py", "apr", "--checkpoint_path", apr)
     pae = train(pae_script, apr, more=AUXILIARY)
     test(pae_script, "pae", apr, "--encoder_checkpoint_path", pae)
-    refiner = train("main_refine_apr.py", apr, pae, more=AUXILIARY)
-    test("main_refine_apr.py", "refined", apr, pae, "--rpr_checkpoint_path", refiner, "--ref_poses_file", training_labels)
+    test("main_refine_apr.py", "refined", apr, pae, "--ref_poses_file", training_labels, mode="optimize")
 
     show(out, training_labels, {room: f"{labels}/abs_7scenes_pose.csv_{room}_test.csv" for room in names})
     print(f"{(time.monotonic() - begin) / 60:.1f} minutes in all")
@@ -87,6 +86,7 @@ def show(out, training_labels, test_labels):
     from util.metrics import pose_err
     from util.plots import plot_paths
     from util.references import pose_distances
+    from util.rotations import mean_quaternion
 
     training = read_labels(training_labels)
     rows = {"training mean": [], "training pose nearest to it": [], "APR": [], "PAE": [], "refined": []}
@@ -94,9 +94,7 @@ def show(out, training_labels, test_labels):
     for scene, path in test_labels.items():
         truth = torch.tensor(poses_of(read_labels(path)))
         references = torch.tensor(poses_of(training[training["scene"] == scene]))
-        position, quaternions = references[:, :3].mean(dim=0), references[:, 3:]
-        # The mean rotation is the principal eigenvector of the quaternions' outer products (Markley et al., 2007).
-        mean = torch.cat((position, torch.linalg.eigh(quaternions.T @ quaternions).eigenvectors[:, -1]))
+        mean = torch.cat((references[:, :3].mean(dim=0), mean_quaternion(references[:, 3:])))
         nearest = references[pose_distances(mean[None], references).argmin()]
         rows["training mean"].append(mean.expand(len(truth), 7))
         rows["training pose nearest to it"].append(nearest.expand(len(truth), 7))

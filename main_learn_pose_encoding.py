@@ -11,6 +11,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     args = parser.parse_args()
     run = cli.start(args, "_pose_encoder", ("pose_encoder",))
 
+    import torch
     import torch.nn.functional as F
 
     from datasets.camera_poses import CameraPoseDataset
@@ -35,6 +36,10 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
         latents = compute_latents(run, apr, dataset)
+        scenes = latents.get("scene", torch.zeros(len(latents["pose"]), dtype=torch.long, device=run.device))
+        if args.encoder_checkpoint_path is None:
+            encoder.fit_poses(latents["pose"], scenes)
+        teacher_latents = torch.cat((latents["latent_x"], latents["latent_q"]), dim=1)
         pae_input = "pose" if config.get("pae_input", "estimated") == "true" else "estimate"
         pose_loss = CameraPoseLoss(config).to(run.device)
 
@@ -47,7 +52,8 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
 
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():
-            engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names))
+            engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names),
+                         before_save=lambda: encoder.fit_noise(latents["pose"], scenes, teacher_latents))
     else:
         encoder.eval()
 

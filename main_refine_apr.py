@@ -1,104 +1,117 @@
-"""Train or test a refiner, which corrects an APR's poses with a PAE: from the nearest reference pose to the query."""
+"""Refine an APR's poses: by a PAE and reference poses at test time (optimize), or by a network that is trained and tested."""
 import logging
+import time
 
 from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS
 from util import cli
 
-N_NEAREST = 5  # training draws the reference among so many nearest to the query
+SOLVERS = ("linear", "inversion", "mlp", "simplex")
 
 
 def main():
-    parser = cli.parser(__doc__, (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS))
+    parser = cli.parser(__doc__, (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS), modes=("train", "test", "optimize"))
     parser.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR")
-    parser.add_argument("encoder_checkpoint_path", metavar="ENCODER_CHECKPOINT", help="the weights of the APR's PAE")
+    parser.add_argument("encoder_checkpoint_path", metavar="ENCODER_CHECKPOINT",
+                        help="the weights of the APR's PAE, which only optimize reads")
     parser.add_argument("--rpr_checkpoint_path", metavar="FILE.pth",
                         help="the refiner's weights to start from in training, to test in testing (default: none in training)")
     parser.add_argument("--ref_poses_file", metavar="TRAIN.csv",
-                        help="the training labels that reference poses come from in testing (default: none; required there)")
+                        help="the training labels, whose poses optimize takes as references (default: none; required there)")
+    parser.add_argument("--solver", choices=SOLVERS, default="linear",
+                        help="how optimize refines: linear, the best linear estimate from the latents, given the references and their "
+                             "encodings; inversion, the pose whose encoding is nearest to the latents; mlp, the paper's; simplex, "
+                             "the minimum of the paper's objective (default: linear)")
+    parser.add_argument("--allow_query_poses", action="store_true",
+                        help="let the references hold poses under test, as published: the result is no measurement")
     args = parser.parse_args()
     run = cli.start(args, "_rpr", ("pose_encoder", "refiner"))
 
     import torch
 
-    from datasets.camera_poses import CameraPoseDataset, epoch_generator
+    from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
     from models.checkpoints import fill, read_checkpoint
     from models.pose_refiner import PoseRefiner
     from util import engine
     from util.errors import UserError
-    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread
+    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread, queries_of
     from util.losses import CameraPoseLoss
-    from util.references import nearest_references, read_references
+    from util.references import read_references
+    from util.refinement import LEAST_REFERENCES, optimize
     from util.report import report, scene_names_of
 
     config = run.config
     multi_scene = args.model_name not in SINGLE_SCENE_APRS
     if args.mode == "test" and args.rpr_checkpoint_path is None:
         raise UserError("a test needs --rpr_checkpoint_path, the weights to test")
-    if args.mode == "test" and args.ref_poses_file is None:
-        raise UserError("a test needs --ref_poses_file, the label file that the APR was trained on")
+    if args.mode == "optimize" and args.ref_poses_file is None:
+        raise UserError("optimize needs --ref_poses_file, the label file that the APR was trained on")
 
     apr = load_apr(args.model_name, args.backbone_path, config, args.apr_checkpoint_path).to(run.device)
-    encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
-    if not encoder.takes_unit_quaternions:
-        logging.info("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as the "
-                     "references'; a PAE trained with main_learn_*pose_encoding.py has", args.encoder_checkpoint_path)
-    refiner = PoseRefiner(config["hidden_dim"]).to(run.device)
-    if args.rpr_checkpoint_path is not None:
-        fill(args.rpr_checkpoint_path, refiner, read_checkpoint(args.rpr_checkpoint_path, "refiner", config))
-    freeze(apr, encoder)
+    freeze(apr)
     names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed)
+    refiner = PoseRefiner(config["hidden_dim"]).to(run.device)
+    if args.mode != "optimize" and args.rpr_checkpoint_path is not None:
+        fill(args.rpr_checkpoint_path, refiner, read_checkpoint(args.rpr_checkpoint_path, "refiner", config))
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
-        if multi_scene:
-            dataset.require_scenes(config["num_scenes"], order_known=names is not None)
         latents = compute_latents(run, apr, dataset)
-        poses, scenes = dataset.poses.to(run.device), torch.tensor(dataset.scenes if multi_scene else 0 * dataset.scenes).to(run.device)
-        reference_latents = torch.cat(encoder(poses, scenes), dim=1)
-        nearest = nearest_references(poses, scenes, poses, scenes, k=N_NEAREST, exclude_self=True)
-        if (nearest < 0).any():
-            raise UserError(f"{args.labels_file}: a scene with a single frame has no references to train on")
+        latents["latents"] = torch.cat((latents.pop("latent_x"), latents.pop("latent_q")), dim=1)
+        if args.rpr_checkpoint_path is None:
+            refiner.fit_inputs(latents["latents"], latents["estimate"], latents["pose"])
         pose_loss = CameraPoseLoss(config).to(run.device)
-        latent_rows = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
-
-        def batches(epoch):
-            # One of the nearest training poses, drawn anew every epoch.
-            drawn = torch.randint(N_NEAREST, (len(nearest), 1), generator=epoch_generator(run.seed, epoch)).to(run.device)
-            latents["reference"] = nearest.gather(1, drawn).squeeze(1).repeat(n_views(config))
-            return latent_rows(epoch)
 
         def step(batch):
-            query_latents = torch.cat((batch["latent_x"], batch["latent_q"]), dim=1)
-            pose = refiner(query_latents, reference_latents[batch["reference"]], poses[batch["reference"]])
+            pose = refiner(batch["latents"], batch["estimate"])
             return pose_loss(pose, batch["pose"]), pose
 
+        batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():
             engine.train(run, refiner, pose_loss, batches, step, cli.about(run, "refiner of " + args.model_name, names))
-    else:
+        return
+
+    if args.mode == "test":
+        tested, leaked = args.rpr_checkpoint_path, False
         refiner.eval()
-        references, scenes = (t.to(run.device) for t in read_references(
-            args.ref_poses_file, dataset, names, config["num_scenes"] if multi_scene else None))
-        with torch.no_grad():
-            reference_latents = torch.cat(encoder(references, scenes), dim=1)
 
-        def estimate(batch):
-            result = infer(apr, batch["img"])
-            scene = result.get("scene", scenes.new_zeros(len(result["pose"])))
-            reference = nearest_references(result["pose"], scene, references, scenes, k=1).squeeze(1)
-            query_latents = torch.cat((result["latent_x"], result["latent_q"]), dim=1)
-            pose = refiner(query_latents, reference_latents[reference], references[reference])
-            # Without a reference in the predicted scene the APR's pose stays.
-            pose = torch.where(reference.unsqueeze(1) < 0, result["pose"], pose)
-            return {**result, "pose": pose, "apr_pose": result["pose"], "reference": reference}
+        def refine(queries):
+            return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)
+    else:
+        tested = f"{args.apr_checkpoint_path} refined by {args.encoder_checkpoint_path} ({args.solver})"
+        encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
+        freeze(encoder)
+        if not encoder.takes_unit_quaternions:
+            logging.warning("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as the "
+                            "references'; a PAE trained with main_learn_*pose_encoding.py has", args.encoder_checkpoint_path)
+        if args.solver in ("linear", "inversion") and not encoder.noise.any():
+            logging.warning("%s does not hold the covariance of latents that %s works with; a PAE trained with "
+                            "main_learn_*pose_encoding.py does", args.encoder_checkpoint_path, args.solver)
+        references, scenes, leaked = read_references(args.ref_poses_file, dataset, names, config["num_scenes"] if multi_scene else None,
+                                                     args.allow_query_poses)
+        references, scenes = references.to(run.device), scenes.to(run.device)
 
-        results = engine.evaluate(run, estimate, dataset)
-        if (results["reference"] < 0).any():
-            logging.info("%d frames keep the APR's pose: no reference pose in their predicted scene",
-                         (results["reference"] < 0).sum())
-        report(run, args.rpr_checkpoint_path, dataset, results, names)
+        def refine(queries):
+            return optimize(args.solver, encoder, queries, references, scenes, config, run.seed)
+
+    results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
+    queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
+    begin = time.perf_counter()
+    with torch.no_grad(), one_thread():
+        poses, refined = refine(queries)
+    engine.synchronize(run.device)
+    milliseconds = 1000 * (time.perf_counter() - begin) / len(poses)
+    logging.info("Refinement: {:.3f} ms a query, {:.1f}% of the APR's time".format(
+        milliseconds, 100 * milliseconds / results["milliseconds"].mean()))
+    if not refined.all():
+        logging.info("%d frames keep the APR's pose: too few reference poses in their scene (linear and inversion need %d)",
+                     (~refined).sum(), LEAST_REFERENCES)
+    results = {**results, "pose": poses.cpu(), "apr_pose": results["pose"],
+               "milliseconds": results["milliseconds"] + milliseconds,
+               "milliseconds_alone": results["milliseconds_alone"] + milliseconds}
+    report(run, tested, dataset, results, names, leaked)
 
 
 if __name__ == "__main__":

@@ -60,19 +60,23 @@ def load_apr(model_name, backbone_path, config, checkpoint_path=None):
 
 
 def build_pose_encoder(model_name, config, checkpoint_path=None):
-    """The PAE for an APR of SINGLE_SCENE_APRS or MULTI_SCENE_APRS, filled from a checkpoint where one is given.
+    """The PAE for an APR of SINGLE_SCENE_APRS or MULTI_SCENE_APRS, filled from a checkpoint where one is given, whose
+    octaves count then.
 
-    Raises UserError where what the checkpoint's tensors determine disagrees with the config.
+    Raises UserError where anything else that the checkpoint's tensors determine disagrees with the config.
     """
-    from models.checkpoints import fill, read_checkpoint
-    from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
+    from models.checkpoints import describe, fill, read_checkpoint
+    from models.pose_encoder import OCTAVES, MultiScenePoseEncoder, PoseEncoder
 
-    config = {"shallow_mlp": False, "apply_positional_encoding": True, **config}
-    if model_name in MULTI_SCENE_APRS:
-        kind, encoder = "multi-scene PAE", MultiScenePoseEncoder(config["hidden_dim"], config["shallow_mlp"])
-    else:
-        kind = "single-scene PAE"
-        encoder = PoseEncoder(config["hidden_dim"], config["apply_positional_encoding"], config["shallow_mlp"])
+    multi_scene = model_name in MULTI_SCENE_APRS
+    config = {"shallow_mlp": False, "apply_positional_encoding": True, "octaves": OCTAVES, **config}
     if checkpoint_path is not None:
-        fill(checkpoint_path, encoder, read_checkpoint(checkpoint_path, kind, config))
+        weights = read_checkpoint(checkpoint_path, "multi-scene PAE" if multi_scene else "single-scene PAE", config)
+        config["octaves"] = describe(weights).get("octaves", OCTAVES)
+    if multi_scene:
+        encoder = MultiScenePoseEncoder(config["hidden_dim"], config["num_scenes"], config["shallow_mlp"], config["octaves"])
+    else:
+        encoder = PoseEncoder(config["hidden_dim"], config["apply_positional_encoding"], config["shallow_mlp"], config["octaves"])
+    if checkpoint_path is not None:
+        fill(checkpoint_path, encoder, weights)
     return encoder

@@ -165,26 +165,32 @@ def _describe(weights):
                 found[f"num_{branch}_{part}_layers"] = len(layers)
         return found
     if "x_encoder.0.weight" in weights:
-        n_inputs = weights["x_encoder.0.weight"].shape[1]
+        # Of the position's 3 numbers, or 4 with the scene, and the orientation's 4 or 5, each has 2 octaves + 1 features.
+        x_inputs, q_inputs = (weights[f"{branch}_encoder.0.weight"].shape[1] for branch in "xq")
+        n_features = q_inputs - x_inputs
         deep = "x_encoder.6.weight" in weights
-        found = {"kind": "multi-scene PAE" if n_inputs == 52 else "single-scene PAE", "shallow_mlp": not deep,
-                 "hidden_dim": len(weights["x_encoder.6.weight" if deep else "x_encoder.2.weight"])}
-        return found if n_inputs == 52 else {**found, "apply_positional_encoding": n_inputs != 3}
+        found = {"shallow_mlp": not deep, "hidden_dim": len(weights["x_encoder.6.weight" if deep else "x_encoder.2.weight"])}
+        if n_features > 1:
+            found["octaves"] = n_features // 2
+        if x_inputs == 4 * n_features:
+            found["kind"] = "multi-scene PAE"
+            return {**found, "num_scenes": len(weights["scale"])} if "scale" in weights else found
+        return {**found, "kind": "single-scene PAE", "apply_positional_encoding": n_features > 1}
     if "hidden.0.weight" in weights and "q_reg.weight" in weights:
-        return {"kind": "refiner", "hidden_dim": weights["hidden.0.weight"].shape[1] // 4}
+        return {"kind": "refiner", "hidden_dim": weights["hidden.0.weight"].shape[1] // 2}
     return {}
 
 
 def read_checkpoint(path, kind, config):
     """Read a state dict of the given kind. Raises UserError, naming both values, where what its tensors determine
-    disagrees with the config, but for numbers of layers."""
+    disagrees with the config, but for numbers of layers and octaves, which are the checkpoint's."""
     weights = read_weights(path)
     found = describe(weights)
     if found.get("kind") != kind:
         holds = f"a checkpoint of {found['kind']}" if found else "weights of no model known here"
         raise UserError(f"{path}: {holds}, but one of {kind} is needed")
     for key, value in found.items():
-        if key != "kind" and not key.endswith("_layers") and key in config and config[key] != value:
+        if key not in ("kind", "octaves") and not key.endswith("_layers") and key in config and config[key] != value:
             raise UserError(f"{path}: the checkpoint has {key} {value!r}, but the config says {config[key]!r}")
     return weights
 

@@ -36,7 +36,12 @@ def files(tmp_path_factory):
     (root / "nothing.csv").write_text("")
     write_labels(root / "three_scenes.csv", [row.replace("attic,", f"{scene},") for row, scene in zip(rows, "abc")])
 
-    write_labels(root / "lone_frame.csv", [rows[0], rows[1], rows[2].replace("attic,", "cellar,")])
+    def posed_like(row, other, sign):
+        pose = [float(number) for number in other.split(",")[4:]]
+        pose = [*(number + 4e-7 for number in pose[:3]), *(sign * number for number in pose[3:])]
+        return ",".join([*row.split(",")[:4], *(f"{number:.9f}" for number in pose)])
+
+    write_labels(root / "same_poses.csv", [rows[0], posed_like(rows[1], test_rows[1], 1), posed_like(rows[2], test_rows[0], -1)])
 
     section = {**SMALL, "batch_size": 2, "learnable": True, "s_x": 0, "s_q": 0, "norm": 2, "lr": 1e-3, "weight_decay": 0,
                "eps": 1e-8, "lr_scheduler_step_size": 1, "lr_scheduler_gamma": 0.5, "n_epochs": 1}
@@ -54,7 +59,8 @@ def files(tmp_path_factory):
         torch.save(get_model(name, "none", SMALL).state_dict(), root / f"{name}.pth")
     torch.save(get_model("ems-transposenet", "none", {**SMALL, "num_scenes": 3}).state_dict(), root / "three_scenes.pth")
     torch.save(PoseEncoder(16).state_dict(), root / "pae.pth")
-    torch.save(MultiScenePoseEncoder(16).state_dict(), root / "multi_pae.pth")
+    torch.save({"hidden.0.weight": torch.zeros(256, 64), "q_reg.weight": torch.zeros(4, 256)}, root / "old_refiner.pth")
+    torch.save(MultiScenePoseEncoder(16, SMALL["num_scenes"]).state_dict(), root / "multi_pae.pth")
     (root / "truncated.pth").write_bytes((root / "posenet.pth").read_bytes()[:5000])
     (root / "text.pth").write_text("these are no weights\n")
     (root / "empty.pth").write_bytes(b"")
@@ -77,6 +83,10 @@ def apr_test(checkpoint, model="posenet", more=()):
 
 def pae(model="posenet", checkpoint="posenet.pth", mode="train", script="main_learn_pose_encoding.py", more=()):
     return [script, model, mode, "none", ".", "train.csv", "config.json", checkpoint, *more]
+
+
+def optimize(references, encoder="pae.pth"):
+    return refine("--ref_poses_file", references, mode="optimize", encoder=encoder)
 
 
 def refine(*more, mode="test", labels="test.csv", encoder="pae.pth", model="posenet"):
@@ -159,9 +169,17 @@ CASES = {
     "PAE test without weights": (pae(mode="test"), ["a test needs --encoder_checkpoint_path"]),
     "PAE of the other kind": (pae(mode="test", more=["--encoder_checkpoint_path", "multi_pae.pth"]),
                               ["multi_pae.pth: a checkpoint of multi-scene PAE, but one of single-scene PAE is needed"]),
-    "refiner test without references": (refine("--rpr_checkpoint_path", "refiner.pth"), ["a test needs --ref_poses_file"]),
-    "one frame to refine on": (refine(mode="train", labels="lone_frame.csv", model="ems-transposenet", encoder="multi_pae.pth"),
-                               ["lone_frame.csv: a scene with a single frame has no references"]),
+    "refiner test without weights": (refine(), ["a test needs --rpr_checkpoint_path"]),
+    "optimize without references": (refine(mode="optimize"), ["optimize needs --ref_poses_file"]),
+    "references are the tested file": (optimize("test.csv"), ["is the label file under test, all 2 of its poses"]),
+    "references are the tested file, by another path": (optimize("./test.csv"), ["is the label file under test"]),
+    "references share a frame": (optimize("shared.csv"), ["1 of its frames are among those under test (row 5: attic/seq-test/"]),
+    "references have a query's pose": (optimize("same_poses.csv"), ["2 of its poses equal one of a frame under test", "(row 3: "]),
+    "references of another scene": (optimize("three_scenes.csv"), ["has the scenes a, b, c, but the frames under test are of the "
+                                                                   "scene attic"]),
+    "references that are missing": (optimize("nowhere.csv"), ["nowhere.csv"]),
+    "PAE of the other kind to optimize with": (optimize("train.csv", encoder="multi_pae.pth"), ["a checkpoint of multi-scene PAE"]),
+    "earlier refiner": (refine("--rpr_checkpoint_path", "old_refiner.pth"), ["old_refiner.pth: the checkpoint has hidden_dim 32"]),
 }
 
 
@@ -191,15 +209,6 @@ def test_a_mistake_ends_in_one_clear_line(case, files, fail_here):
     assert all(word in last for word in words), last
     assert "Traceback" not in stderr
     assert listing(files) == before
-
-
-def test_references_must_not_hold_the_answers(files, fail_here):
-    from models.pose_refiner import PoseRefiner
-    torch.save(PoseRefiner(16).state_dict(), files / "refiner.pth")
-    for references, words in (("test.csv", "is the label file under test"), ("./test.csv", "is the label file under test"),
-                              ("shared.csv", "1 of its frames are among those under test")):
-        status, stderr = fail_here(refine("--rpr_checkpoint_path", "refiner.pth", "--ref_poses_file", references))
-        assert status == 2 and words in stderr.rstrip().splitlines()[-1]
 
 
 def test_an_error_is_in_the_log_too_and_a_process_exits_with_2(files):

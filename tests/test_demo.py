@@ -37,7 +37,7 @@ def test_the_demo_ends_with_its_table_and_picture(short_demo, monkeypatch, capfd
     output = capfd.readouterr().out
     shown = [line for line in output.splitlines() if line.startswith("$ python ")]
     assert [shlex.split(line)[2:2 + len(command)] for line, command in zip(shown, commands)] == [list(c) for c in commands]
-    assert len(shown) == len(commands) == 2 + 3 * (1 + rooms)
+    assert len(shown) == len(commands) == 2 + (1 + rooms) + (1 + rooms) + rooms
     assert "Pose error" not in output and "[Batch" not in output
 
     table = dict(re.findall(r"^\| ([^|]+) \| (\d+\.\d+ m \| \d+\.\d+ deg) \|$", output, flags=re.MULTILINE))

@@ -4,9 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from transforms3d.quaternions import axangle2quat, qmult, quat2mat
+from transforms3d.quaternions import axangle2quat, qmult
 
-from models.pose_refiner import PoseRefiner, multiply_quaternions
 from util.losses import CameraPoseLoss
 from util.metrics import pose_err
 from util.references import nearest_references, pose_distances
@@ -64,26 +63,6 @@ def test_a_perfect_estimate_has_a_finite_gradient():
     assert torch.isfinite(estimate.grad).all()
 
 
-def test_quaternions_multiply_as_rotations_compose():
-    left, right = (torch.nn.functional.normalize(random_poses(5)[:, 3:].double(), dim=1) for _ in range(2))
-    for product, a, b in zip(multiply_quaternions(left, right), left, right):
-        assert quat2mat(product.numpy()) == pytest.approx(quat2mat(a.numpy()) @ quat2mat(b.numpy()), abs=1e-9)
-
-
-def test_a_refiner_begins_at_the_reference_and_turns_it():
-    refiner = PoseRefiner(4)
-    reference = random_poses(3)
-    latents = torch.randn(2, 3, 8)
-    unit = torch.nn.functional.normalize(reference[:, 3:], dim=1)
-    assert torch.allclose(refiner(*latents, reference), torch.cat((reference[:, :3], unit), dim=1), atol=1e-6)
-    turn = torch.tensor(axangle2quat([1, 2, 3], 0.7), dtype=torch.float32)
-    refiner.q_reg.bias.data = 5 * turn
-    refiner.x_reg.bias.data = torch.tensor([1.0, 2.0, 3.0])
-    for pose, before in zip(refiner(*latents, reference).detach().numpy(), reference.numpy()):
-        assert quat2mat(pose[3:]) == pytest.approx(quat2mat(turn.numpy()) @ quat2mat(before[3:]), abs=1e-5)
-        assert pose[:3] - before[:3] == pytest.approx([1, 2, 3], abs=1e-5)
-
-
 def test_the_nearest_references_are_those_of_the_definition():
     poses, references = random_poses(40), random_poses(90)
     scenes, reference_scenes = torch.tensor(RANDOM.integers(0, 3, 40)), torch.tensor(RANDOM.integers(0, 2, 90))
@@ -102,9 +81,8 @@ def test_the_nearest_references_are_those_of_the_definition():
         assert rows.tolist() == candidates[order[:4]].tolist()
 
 
-def test_no_frame_is_its_own_reference_and_few_references_repeat():
+def test_few_references_repeat():
     poses, scenes = random_poses(9), torch.tensor([0] * 6 + [1] * 2 + [2])
-    nearest = nearest_references(poses, scenes, poses, scenes, k=3, exclude_self=True)
-    assert not (nearest == torch.arange(9)[:, None]).any()
-    assert nearest[6:].tolist() == [[7, 7, 7], [6, 6, 6], [-1, -1, -1]]
+    nearest = nearest_references(poses, scenes, poses[:8], scenes[:8], k=3)
+    assert nearest[6:].tolist() == [[6, 7, 6], [7, 6, 7], [-1, -1, -1]]
     assert torch.isfinite(pose_distances(poses, poses[:1].expand(3, -1))).all()

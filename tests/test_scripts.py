@@ -1,8 +1,10 @@
 """The scripts as a user runs them, on small generated layouts."""
+import itertools
 import json
 import re
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -179,13 +181,23 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     refiner = weights_of(run_here("main_refine_apr.py", *arguments("ems-transposenet", "train", "both.csv", apr, pae)))
     assert refiner.name.endswith("_rpr_final.pth")
     output, table = scenes_of("main_refine_apr.py", "cellar_test.csv", apr, pae, "--rpr_checkpoint_path", refiner,
-                              "--ref_poses_file", layout / "both.csv", out="refined.csv")
+                              out="refined.csv")
     assert "The APR's own median: " in output and len(table) == 3
     # References of the other scene alone: frames predicted in this one keep the APR's pose.
     references = "attic.csv" if table["predicted_scene"].iloc[0] == "cellar" else "cellar.csv"
-    output, table = scenes_of("main_refine_apr.py", "cellar_test.csv", apr, pae, "--rpr_checkpoint_path", refiner,
-                              "--ref_poses_file", layout / references, "--set", "scene_names=[\"attic\", \"cellar\"]",
-                              out="unrefined.csv")
+    listed = [layout / "scene_of_both.csv" if part == layout / "cellar_test.csv" else part for part in arguments(
+        "ems-transposenet", "optimize", "cellar_test.csv", apr, pae)]
+    tested = (layout / "cellar_test.csv").read_text()
+    (layout / "scene_of_both.csv").write_text(tested + tested.splitlines()[1].replace("cellar,", "attic,", 1) + "\n")
+    for solver in ("linear", "inversion", "mlp", "simplex"):
+        output = run_here("main_refine_apr.py", *listed, "scene_names=[\"attic\", \"cellar\"]", "--solver", solver,
+                          "--ref_poses_file", layout / references, "--predictions_path", layout / "unrefined.csv")
+        table = pd.read_csv(layout / "unrefined.csv")
+        kept = np.isclose(table[[f"apr_t{i}" for i in (1, 2, 3)]], table[["t1", "t2", "t3"]], atol=1e-6).all(axis=1)
+        # Six references are too few for the first two solvers.
+        without = (table["predicted_scene"] != references[:-4]) | (solver in ("linear", "inversion"))
+        assert (kept == without).all() and f"{kept.sum()} frames keep the APR's pose" in output
+        assert output.count("Median pose error") == 1 and "Change of the median position error: " in output
     apr_table = scenes_of("main.py", "cellar_test.csv", "--checkpoint_path", apr, out="apr.csv")[1]
     assert "frames keep the APR's pose" in output
     assert table.loc[0, "t1":"q4"].tolist() == pytest.approx(apr_table.loc[0, "t1":"q4"].tolist(), abs=1e-5)
@@ -213,12 +225,34 @@ def test_a_pae_and_a_refiner_train(posenet, layout):
         return weights_of(output)
 
     pae = train("main_learn_pose_encoding.py")
-    assert torch.load(pae)._metadata[""]["version"] == 2
+    assert torch.load(pae)._metadata[""]["version"] == 3
     refiner = train("main_refine_apr.py", pae)
     listed = arguments("test", "attic_test.csv")
-    output = run_here("main_refine_apr.py", *listed[:6], apr, pae, *listed[6:], "--rpr_checkpoint_path", refiner,
-                      "--ref_poses_file", layout / "attic.csv")
-    assert re.search(r"^The APR's own median: .*\nMedian pose error: ", output, flags=re.MULTILINE)
+    output = run_here("main_refine_apr.py", *listed[:6], apr, pae, *listed[6:], "--rpr_checkpoint_path", refiner)
+    assert re.search(r"^The APR's own median: .*\n(Change of the median .*\(too few frames for an interval\)\n){2}Median pose error: ",
+                     output, flags=re.MULTILINE)
+
+    # The paper's optimisation weighs the poses of three references, whatever else there is; the answers must be asked for.
+    listed = arguments("optimize", "attic_test.csv")
+    listed = [*listed[:6], apr, pae, *listed[6:], "--predictions_path", layout / "optimized.csv", "--solver"]
+    output = run_here("main_refine_apr.py", *listed, "mlp", "--ref_poses_file", layout / "attic.csv")
+    positions = pd.read_csv(layout / "attic.csv")[["t1", "t2", "t3"]].to_numpy()
+    table = pd.read_csv(layout / "optimized.csv")
+    for position in table[["t1", "t2", "t3"]].to_numpy():
+        assert any(inside(position, positions[list(three)]) for three in itertools.combinations(range(6), 3))
+    assert np.allclose(table[[f"apr_q{i}" for i in range(1, 5)]], table[[f"q{i}" for i in range(1, 5)]], atol=1e-6)
+    assert "held the answers" not in output and re.search(r"^Refinement: \d+\.\d+ ms a query, \d+\.\d% of the APR's time$",
+                                                          output, flags=re.MULTILINE)
+    leaked = run_here("main_refine_apr.py", *listed, "simplex", "--ref_poses_file", layout / "attic_test.csv", "--allow_query_poses")
+    results = [line for line in leaked.splitlines() if line.startswith(("Median", "Mean pose", "90th", "Recall", "Change"))]
+    assert len(results) == 9 and all(line.endswith(" (the references held the answers)") for line in results)
+
+
+def inside(point, corners):
+    """Whether a point is in a triangle."""
+    (a, b), *_ = np.linalg.lstsq((corners[1:] - corners[0]).T, point - corners[0])
+    return np.allclose(corners[0] + a * (corners[1] - corners[0]) + b * (corners[2] - corners[0]), point, atol=1e-4) and (
+        min(a, b, 1 - a - b) > -1e-4)
 
 
 @pytest.fixture

@@ -15,15 +15,15 @@ from util.errors import UserError
 from util.files import same_file
 
 
-def parser(description, models):
+def parser(description, models, modes=("train", "test")):
     """An argument parser with what every script takes, in the published order; a script adds its own behind.
 
-    models: the names that the script's MODEL may have.
+    models: the names that the script's MODEL may have; modes: what its MODE may be.
     """
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("model_name", metavar="MODEL", type=_model(models), help=f"the APR: {' or '.join(models)}")
-    arguments.add_argument("mode", metavar="MODE", choices=("train", "test"), type=lambda mode: {"eval": "test"}.get(mode, mode),
-                           help="train or test (eval means test)")
+    arguments.add_argument("mode", metavar="MODE", choices=modes, type=lambda mode: {"eval": "test"}.get(mode, mode),
+                           help=f"{' or '.join(modes)} (eval means test)")
     arguments.add_argument("backbone_path", metavar="BACKBONE",
                            help="the backbone's weights: a .pth file, 'imagenet' (downloaded) or 'none' (random); with an "
                                 "APR checkpoint, the checkpoint brings them")
@@ -116,7 +116,7 @@ def _seed(text):
 
 
 def _check_predictions_path(args):
-    if args.mode != "test":
+    if args.mode == "train":
         raise UserError("--predictions_path is for testing; leave it out in training")
     path = args.predictions_path
     if os.path.isdir(path):

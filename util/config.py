@@ -51,10 +51,9 @@ KEYS = {
     "freeze": _FLAG, "no_augment": _FLAG,
     "freeze_exclude_phrase": ("a phrase or a list of phrases", lambda value: isinstance(value, str) or _names(value)),
     "backbone_type": _choice("efficientnet", "resnet50", "mobilenet"),
-    "shallow_mlp": _FLAG, "apply_positional_encoding": _FLAG, "pae_input": _choice("estimated", "true"),
-    # Keys of the published refinement that nothing reads here.
-    "num_neighbors": _COUNT, "test_optim_iterations": _COUNT_OR_0, "single_scene": _FLAG,
-    "refine_orientation": _choice(None, "affine", "eigen"),
+    "shallow_mlp": _FLAG, "apply_positional_encoding": _FLAG, "octaves": _COUNT, "pae_input": _choice("estimated", "true"),
+    "num_neighbors": _COUNT, "test_optim_iterations": _COUNT_OR_0, "refine_orientation": _choice(None, "affine", "eigen"),
+    "single_scene": _FLAG,  # of the published refinement; nothing reads it here
 }
 
 

@@ -17,7 +17,7 @@ TEST_BATCH_SIZE = 32
 N_TIMED, N_WARM_UP = 20, 3  # single frames whose time a test takes, and calls before
 
 
-def train(run, model, pose_loss, batches, step, about):
+def train(run, model, pose_loss, batches, step, about, before_save=lambda: None):
     """Train a model and write its weights.
 
     run: of cli.start.
@@ -25,6 +25,7 @@ def train(run, model, pose_loss, batches, step, about):
     batches: epoch number -> iterable, with a length, of batches (dicts of tensors).
     step: batch on the device -> (loss, estimated poses N x 7); batch['pose'] is the truth.
     about: what the JSON beside the weights says.
+    before_save: called before weights are saved, for what the model keeps beside its parameters.
 
     The loop waits for the device only where it logs. Adam and a step schedule by the config. Every n_freq_checkpoint epochs
     the weights go to <prefix>_checkpoint-<epoch>.pth and at the end to <prefix>_final.pth, the picture of the loss to
@@ -73,6 +74,7 @@ def train(run, model, pose_loss, batches, step, about):
                                  "{:.2f}[deg]".format(i + 1, epoch + 1, float(running_loss) / n_epoch_samples, *errors))
             scheduler.step()
             if (epoch + 1) % n_freq_checkpoint == 0:
+                before_save()
                 save_weights(f"{run.prefix}_checkpoint-{epoch + 1}.pth", model.state_dict(), about)
 
     model.precision = precision  # as in tests
@@ -88,6 +90,7 @@ def train(run, model, pose_loss, batches, step, about):
                 for batch in tqdm(batches(n_epochs), desc="batch norm", unit="batch", disable=None):
                     step(to_device(batch, run.device))
 
+    before_save()
     logging.info("Training completed")
     save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
     plot_loss(f"{run.prefix}_loss_fig.png", samples, losses.tolist())

@@ -25,6 +25,13 @@ def infer(apr, img):
     return result
 
 
+def queries_of(result):
+    """What refinement takes of an APR's answer, as `infer` gives it: 'pose' N x 7, 'latents' N x 2 latent_dim (position's, then
+    orientation's) and 'scene' N, 0 for single-scene models."""
+    scene = result.get("scene", torch.zeros(len(result["pose"]), dtype=torch.long, device=result["pose"].device))
+    return {"pose": result["pose"], "latents": torch.cat((result["latent_x"], result["latent_q"]), dim=1), "scene": scene}
+
+
 def latent_transform(run):
     """The transform of the frames that a PAE or a refiner works on: the tests', or in training with `latent_views` the
     augmentation. run: of cli.start."""

@@ -1,14 +1,18 @@
 """Reference poses: training poses that stand for a query's surroundings."""
+import logging
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.spatial import cKDTree
 
-from datasets.labels import poses_of, read_labels, scene_indices
+from datasets.labels import mend, poses_of, read_labels, scene_indices
 from util.errors import UserError
 from util.files import same_file
 
 CHUNK = 1024  # queries at a time, so that memory grows with the references alone
+SAME_POSE = 1e-6  # metres, and of a quaternion's numbers
 
 
 def pose_distances(poses, references):
@@ -21,50 +25,89 @@ def pose_distances(poses, references):
     return sum(d / d.amax(dim=1, keepdim=True).clamp(min=tiny) for d in (positions, orientations))
 
 
-def nearest_references(poses, scenes, references, reference_scenes, k, exclude_self=False):
+def nearest_references(poses, scenes, references, reference_scenes, k):
     """The k nearest references of the same scene.
 
-    poses N x 7, scenes N; references R x 7, reference_scenes R; exclude_self: the references are the poses, and none is
-    its own reference. Returns N x k rows of the references, nearest first; a scene with fewer repeats them, and without
-    any gives -1.
+    poses N x 7, scenes N; references R x 7, reference_scenes R. Returns N x k rows of the references, nearest first; a
+    scene with fewer repeats them, and without any gives -1.
     """
     nearest = torch.full((len(poses), k), -1, device=poses.device)
     for scene in scenes.unique():
         candidates = (reference_scenes == scene).nonzero().squeeze(1)
-        n_nearest = min(k, len(candidates) - exclude_self)
-        if n_nearest < 1:
+        n_nearest = min(k, len(candidates))
+        if n_nearest == 0:
             continue
         for queries in (scenes == scene).nonzero().squeeze(1).split(CHUNK):
             distances = pose_distances(poses[queries], references[candidates])
-            if exclude_self:
-                distances[queries[:, None] == candidates[None]] = torch.inf
             found = candidates[distances.topk(n_nearest, largest=False).indices]
             nearest[queries] = found[:, torch.arange(k, device=poses.device) % n_nearest]
     return nearest
 
 
-def read_references(path, dataset, scene_names, num_scenes=None):
-    """Reference poses from a label file of training frames: R x 7 float32 and, per reference, its scene index -1 for a
-    scene that the model does not know.
+def read_references(path, dataset, scene_names, num_scenes=None, allow_query_poses=False):
+    """Reference poses from a label file of training frames: R x 7 float32 with unit quaternions, per reference its scene
+    index, -1 for a scene that the model does not know, and whether the references hold answers (only where
+    `allow_query_poses` lets them).
 
     dataset: what is tested; scene_names: the model's in order, or None; num_scenes: None for a single-scene model, whose
-    scenes are all 0. Raises UserError where the file is the tested one or shares a frame with it, and where the
-    scenes' order is not known.
+    scenes are all 0.
+
+    Raises UserError where the file holds answers: it is the tested one, shares a frame with it, or has a pose that equals a
+    tested one; where it is of other scenes than the tested; and where the scenes' order is not known.
     """
-    if same_file(path, dataset.labels_file):
-        raise UserError(f"--ref_poses_file {path} is the label file under test, which holds the answers; give the training "
-                        f"labels")
     labels = read_labels(path)
-    shared = labels["img_path"].map(os.path.normpath).isin(set(dataset.labels["img_path"].map(os.path.normpath)))
-    if shared.any():
-        first = labels[shared].iloc[0]
-        raise UserError(f"--ref_poses_file {path}: {shared.sum()} of its frames are among those under test, which holds the "
-                        f"answers (row {first['row']}: {first['img_path']}); give the training labels")
+    answers = _answers(path, labels, dataset)
+    if answers and not allow_query_poses:
+        raise UserError(f"--ref_poses_file {path}: {answers}: it holds the answers; give the training labels (or "
+                        f"--allow_query_poses, to reproduce the published procedure)")
+    if answers:
+        logging.info("--ref_poses_file %s: %s", path, answers)
+    if not set(labels["scene"]) & set(dataset.labels["scene"]):
+        raise UserError(f"--ref_poses_file {path}: has {_some(labels['scene'])}, but the frames under test are of "
+                        f"{_some(dataset.labels['scene'])}; give the training labels of the same scenes")
+    n_listed = len(labels)
+    labels, _ = mend(labels)
+    if len(labels) < n_listed:
+        logging.info("--ref_poses_file %s: %d poses far outside the rest, or listed again, left out", path, n_listed - len(labels))
     references = torch.tensor(poses_of(labels), dtype=torch.float32)
+    references[:, 3:] = F.normalize(references[:, 3:], dim=1)
     if num_scenes is None:
-        return references, torch.zeros(len(references), dtype=torch.long)
+        return references, torch.zeros(len(references), dtype=torch.long), bool(answers)
     names = scene_names or sorted(set(labels["scene"]))
     if scene_names is None and len(names) != num_scenes:
         raise UserError(f"--ref_poses_file {path}: {len(names)} scenes, but the model has {num_scenes}: their order "
                         f"is not known; give --preset or scene_names")
-    return references, torch.tensor(scene_indices(labels, names))
+    return references, torch.tensor(scene_indices(labels, names)), bool(answers)
+
+
+def _answers(path, labels, dataset):
+    """What of the frames under test a label file gives away, in words; '' where nothing."""
+    tested = dataset.labels
+    if same_file(path, dataset.labels_file):
+        return f"is the label file under test, all {len(labels)} of its poses are under test"
+    shared = labels["img_path"].map(os.path.normpath).isin(set(tested["img_path"].map(os.path.normpath)))
+    if shared.any():
+        first = labels[shared].iloc[0]
+        return f"{shared.sum()} of its frames are among those under test (row {first['row']}: {first['img_path']})"
+    equal = equal_poses(poses_of(labels), poses_of(tested))
+    if equal.any():
+        first = labels[equal].iloc[0]
+        return (f"{equal.sum()} of its poses equal one of a frame under test, whatever the frames are called (row {first['row']}: "
+                f"{first['img_path']})")
+    return ""
+
+
+def equal_poses(poses, others):
+    """Which of R poses equal one of N others, within SAME_POSE in every number, for either sign of the unit quaternion.
+    R x 7, N x 7 (arrays) -> R."""
+    def unit(array):
+        return np.concatenate((array[:, :3], array[:, 3:] / np.linalg.norm(array[:, 3:], axis=1, keepdims=True)), axis=1)
+
+    poses, others = unit(poses), unit(others)
+    tree = cKDTree(np.concatenate((others, others * [1, 1, 1, -1, -1, -1, -1])))
+    return np.isfinite(tree.query(poses, distance_upper_bound=SAME_POSE, p=np.inf)[0])
+
+
+def _some(scenes):
+    names = sorted(set(scenes))
+    return f"the scene {names[0]}" if len(names) == 1 else f"the scenes {', '.join(names[:7])}{', ...' * (len(names) > 7)}"

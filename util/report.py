@@ -2,13 +2,14 @@
 import logging
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 from datasets.labels import POSE_COLUMNS, write_labels
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
-from util.metrics import medians, pose_err
+from util.metrics import changes, medians, pose_err
 
 RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 
@@ -26,7 +27,7 @@ def scene_names_of(model_name, config, checkpoint_path):
     return names
 
 
-def report(run, tested, dataset, results, scene_names=None):
+def report(run, tested, dataset, results, scene_names=None, leaked=False):
     """Log a test and write its predictions where --predictions_path asks for them.
 
     tested: what is tested, a file's name.
@@ -35,12 +36,17 @@ def report(run, tested, dataset, results, scene_names=None):
         the others.
     scene_names: the model's scenes in order, as scene_names_of gives them; where they are None, the label file's are
         taken if it has as many as the model.
+    leaked: whether reference poses held the answers, which every line of a result then says.
     """
     poses, truth = results["pose"].double(), dataset.poses
-    log_results(tested, dataset.labels_file, poses, truth, results)
+    log_results(tested, dataset.labels_file, poses, truth, results, leaked)
     predictions = dataset.labels.copy()
     predictions[POSE_COLUMNS[:3]] = poses[:, :3].numpy()
     predictions[POSE_COLUMNS[3:]] = F.normalize(poses[:, 3:], dim=1).numpy()
+    if "apr_pose" in results:
+        apr_poses = results["apr_pose"].double()
+        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = torch.cat((apr_poses[:, :3], F.normalize(apr_poses[:, 3:], dim=1)),
+                                                                              dim=1).numpy()
     predictions["position_error_m"], predictions["orientation_error_deg"] = (e.numpy() for e in pose_err(poses, truth))
     if "scene" in results:
         scenes = results["scene"].numpy()
@@ -54,22 +60,28 @@ def report(run, tested, dataset, results, scene_names=None):
         logging.info("Predictions: %s", run.args.predictions_path)
 
 
-def log_results(tested, labels_file, est_pose, gt_pose, results):
+def log_results(tested, labels_file, est_pose, gt_pose, results, leaked=False):
     """Log a test as the published scripts do (a line a frame, the medians, the mean inference time), then the mean, the
-    90th percentile and the recalls. Poses N x 7 on the CPU; results: as `report` takes them."""
+    90th percentile and the recalls. Poses N x 7 on the CPU; results, leaked: as `report` takes them."""
+    suffix = " (the references held the answers)" if leaked else ""
     position, orientation = (errors.numpy() for errors in pose_err(est_pose, gt_pose))
     for frame in zip(position, orientation, results["milliseconds"].numpy()):
         logging.info("Pose error: {:.3f}[m], {:.3f}[deg], inferred in {:.2f}[ms]".format(*frame))
     logging.info("Performance of %s on %s", tested, labels_file)
     if "apr_pose" in results:
         logging.info("The APR's own median: %s", medians(results["apr_pose"], gt_pose))
-    logging.info("Median pose error: %s", medians(est_pose, gt_pose))
+        before = [errors.numpy() for errors in pose_err(results["apr_pose"], gt_pose)]
+        for name, (change, low, high) in zip(("position", "orientation"), changes(before, (position, orientation))):
+            interval = f"95% interval {low:+.1f}% to {high:+.1f}%" if np.isfinite(low) else "too few frames for an interval"
+            logging.info("Change of the median %s error: %+.1f%% (%s)%s", name, change, interval, suffix)
+    logging.info("Median pose error: %s%s", medians(est_pose, gt_pose), suffix)
     logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
-    logging.info("Mean pose error: {:.3f}[m], {:.3f}[deg]".format(position.mean(), orientation.mean()))
-    logging.info("90th percentile: {:.3f}[m], {:.3f}[deg]".format(*(np.percentile(e, 90) for e in (position, orientation))))
+    logging.info("Mean pose error: {:.3f}[m], {:.3f}[deg]{}".format(position.mean(), orientation.mean(), suffix))
+    logging.info("90th percentile: {:.3f}[m], {:.3f}[deg]{}".format(
+        *(np.percentile(e, 90) for e in (position, orientation)), suffix))
     for metres, degrees in RECALL_THRESHOLDS:
         recall = np.mean((position <= metres) & (orientation <= degrees))
-        logging.info("Recall at {} m/{} deg: {:.1f}%".format(metres, degrees, 100 * recall))
+        logging.info("Recall at {} m/{} deg: {:.1f}%{}".format(metres, degrees, 100 * recall, suffix))
 
 
 def log_scenes(est_pose, gt_pose, predicted_scene, true_scene, scenes, scene_names):

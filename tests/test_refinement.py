@@ -1,0 +1,269 @@
+"""Rotations, the solvers of test-time refinement, the learned refiner, and the interval of a change."""
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.spatial.transform import Rotation
+from torch import nn
+from transforms3d.quaternions import axangle2quat, quat2mat
+
+from datasets.camera_poses import epoch_generator
+from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
+from models.pose_refiner import PoseRefiner
+from util.metrics import changes
+from util.references import equal_poses
+from util.refinement import invert, linear_estimate, mlp_weights, optimize, simplex_weights, weighted_poses
+from util.rotations import mean_quaternion, multiply_quaternions, quaternion_of
+
+RANDOM = np.random.default_rng(5)
+
+
+def poses_near(n, spread=1.0, angle=0.3):
+    """Poses about the origin, turned by up to about `angle` radians from a fixed orientation."""
+    turns = Rotation.from_rotvec(RANDOM.normal(0, angle, (n, 3))) * Rotation.from_rotvec([0.3, -1.2, 0.5])
+    quaternions = turns.as_quat(canonical=True)[:, [3, 0, 1, 2]]
+    return torch.tensor(np.concatenate((spread * RANDOM.standard_normal((n, 3)), quaternions), axis=1), dtype=torch.float32)
+
+
+def random_latents(*shape):
+    return torch.tensor(RANDOM.standard_normal(shape), dtype=torch.float32)
+
+
+def test_quaternions_multiply_as_rotations_compose():
+    left, right = poses_near(5)[:, 3:].double(), poses_near(5, angle=2)[:, 3:].double()
+    for product, a, b in zip(multiply_quaternions(left, right), left, right):
+        assert quat2mat(product.numpy()) == pytest.approx(quat2mat(a.numpy()) @ quat2mat(b.numpy()), abs=1e-6)
+
+
+def test_rotation_vectors_become_quaternions_also_at_zero():
+    vectors = torch.tensor([[0, 0, 0], [1e-9, 0, 0], [1e-5, 2e-5, 0], [0.3, -0.2, 0.9], [0, 3, 0]], dtype=torch.float64)
+    for vector, quaternion in zip(vectors.numpy(), quaternion_of(vectors).numpy()):
+        angle = np.linalg.norm(vector)
+        expected = axangle2quat(vector, angle) if angle else [1, 0, 0, 0]
+        assert quaternion == pytest.approx(expected, abs=1e-12)
+    for at in vectors:
+        assert torch.autograd.gradcheck(lambda v: quaternion_of(v[None]), (at.clone().requires_grad_(),), eps=1e-7, atol=1e-5)
+
+
+def test_the_mean_quaternion_is_the_mean_rotation_for_either_sign():
+    quaternions = poses_near(9, angle=0.4)[:, 3:].double()
+    weights = torch.tensor(RANDOM.random(9))
+    expected = Rotation.from_quat(quaternions.numpy()[:, [1, 2, 3, 0]]).mean(weights.numpy()).as_quat()[[3, 0, 1, 2]]
+    flipped = torch.where(torch.arange(9).unsqueeze(1) % 2 == 0, quaternions, -quaternions)
+    assert abs(mean_quaternion(flipped, weights).numpy() @ expected) == pytest.approx(1, abs=1e-9)
+
+
+@pytest.mark.parametrize("k, refine_orientation", [(3, None), (1, "affine"), (4, "affine"), (4, "eigen")])
+def test_weighted_poses(k, refine_orientation):
+    references = torch.stack([poses_near(k) for _ in range(5)])
+    references[:, 1:2, 3:] *= -1
+    weights, poses = random_latents(5, k).softmax(dim=1), poses_near(5)
+    for i, pose in enumerate(weighted_poses(weights, references, poses, refine_orientation)):
+        assert pose[:3].numpy() == pytest.approx(weights[i].numpy() @ references[i, :, :3].numpy(), abs=1e-5)
+        if refine_orientation is None:
+            expected = poses[i, 3:].numpy()
+        else:
+            mean = Rotation.from_quat(references[i][:, [4, 5, 6, 3]].numpy()).mean(weights[i].numpy())
+            expected = mean.as_quat()[[3, 0, 1, 2]]
+        assert abs(pose[3:].numpy() @ expected) == pytest.approx(1, abs=1e-4)
+        if refine_orientation == "eigen":
+            assert abs(pose[3:].numpy() @ expected) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_simplex_weights_are_the_minimum_that_an_independent_solver_finds(k):
+    encoded, latents = random_latents(12, k, 20) + 2, random_latents(12, 20) + 2
+    encoded[0, :] = encoded[0, :1]  # identical references
+    latents[1] = encoded[1, -1]  # the answer is a reference
+    latents[2] = encoded[2].mean(dim=0)
+    encoded[3:5] *= 1e4
+    latents[5:7] *= 1e-4
+    weights = simplex_weights(encoded, latents)
+    assert (weights >= 0).all() and torch.allclose(weights.sum(dim=1), torch.ones(12), atol=1e-6)
+    weights = (weights.double() / weights.double().sum(dim=1, keepdim=True)).numpy()
+    for w, f, z in zip(weights, encoded.double().numpy(), latents.double().numpy()):
+        scale = max(np.square(f - z).sum(axis=1).max(), 1e-30)
+        found = minimize(lambda v: np.square(v @ f - z).sum() / scale, np.full(k, 1 / k), method="SLSQP", bounds=[(0, 1)] * k,
+                         constraints={"type": "eq", "fun": lambda v: v.sum() - 1}, options={"ftol": 1e-14, "maxiter": 500})
+        assert np.square(w @ f - z).sum() / scale <= found.fun + 1e-9
+    assert weights[1, -1] == pytest.approx(1, abs=1e-5)
+    assert weights[2] == pytest.approx(np.full(k, 1 / k), abs=1e-4)
+
+
+def test_mlp_weights_are_those_of_one_network_a_query():
+    n, k, dim = 70, 3, 8  # more than one chunk
+    encoded, latents = random_latents(n, k, dim), random_latents(n, dim)
+    weights = mlp_weights(encoded, latents, list(range(n)), 7, 3)
+    for row in (0, 1, 69):
+        layers = [nn.Linear(i, o) for i, o in ((k * dim, 64 * k), (64 * k, 32 * k), (32 * k, 16 * k), (16 * k, k))]
+        generator = epoch_generator(7, row)
+        for layer in layers:
+            drawn = torch.empty(layer.weight.T.shape)
+            bound = (6 / sum(drawn.shape)) ** 0.5
+            layer.weight.data = drawn.uniform_(-bound, bound, generator=generator).T.contiguous()
+            layer.bias.data.zero_()
+        network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3], nn.Softmax(dim=0))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+        for _ in range(3):
+            loss = (network(encoded[row].flatten()) @ encoded[row] - latents[row]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        expected = network(encoded[row].flatten())
+        assert torch.allclose(weights[row], expected, atol=1e-4)
+        assert torch.allclose(mlp_weights(encoded[row:row + 1], latents[row:row + 1], [row], 7, 3)[0], weights[row], atol=1e-5)
+    assert torch.equal(mlp_weights(encoded, latents, list(range(n)), 7, 3), weights)
+    assert not torch.equal(mlp_weights(encoded, latents, list(range(n)), 8, 3), weights)
+
+
+def test_the_linear_estimate_is_the_gaussian_posterior_mean():
+    references = poses_near(400)
+    answers, a = poses_near(6), RANDOM.standard_normal((30, 7))
+    root = RANDOM.standard_normal((30, 30)) / 8
+    noise = root @ root.T + 0.01 * np.eye(30)
+    encoded = torch.tensor(references.double().numpy() @ a.T, dtype=torch.float32)
+    latents = torch.tensor(answers.double().numpy() @ a.T, dtype=torch.float32) + 0.1 * random_latents(6, 30)
+    flipped = references.clone()
+    flipped[::3, 3:] *= -1  # the same rotations
+    estimates = linear_estimate(latents, flipped, encoded, torch.tensor(noise, dtype=torch.float32))
+    # The information form of the posterior, with a hundredth of the latents' mean variance as further noise.
+    p = references.double().numpy()
+    covariance = np.cov(p.T, bias=True)
+    noise = noise + 0.01 * np.diag(a @ covariance @ a.T + noise).mean() * np.eye(30)
+    posterior = np.linalg.inv(np.linalg.inv(covariance) + a.T @ np.linalg.inv(noise) @ a)
+    expected = p.mean(axis=0) + (latents.double().numpy() - p.mean(axis=0) @ a.T) @ np.linalg.inv(noise) @ a @ posterior
+    expected[:, 3:] /= np.linalg.norm(expected[:, 3:], axis=1, keepdims=True)
+    sign = np.sign((estimates[:, 3:].numpy() * expected[:, 3:]).sum(axis=1, keepdims=True))
+    assert estimates[:, :3].numpy() == pytest.approx(expected[:, :3], abs=1e-3)
+    assert sign * estimates[:, 3:].numpy() == pytest.approx(expected[:, 3:], abs=1e-3)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(3)
+    encoder = PoseEncoder(64, octaves=2)
+    encoder.fit_poses(30 * poses_near(200), torch.zeros(200, dtype=torch.long))
+    return encoder.requires_grad_(False)
+
+
+def test_inversion_finds_the_pose_whose_encoding_the_latents_are(encoder):
+    references, steps = poses_near(500, spread=30), torch.tensor(RANDOM.normal(0, 1, (40, 6)), dtype=torch.float32)
+    answers = references[:40].clone()
+    answers[:, :3] += steps[:, :3]  # metres, of a scene of 30
+    answers[:, 3:] = multiply_quaternions(quaternion_of(0.03 * steps[:, 3:]), answers[:, 3:])
+    noise = torch.eye(128) + 0.5
+    found = invert(encoder, torch.cat(encoder(answers), dim=1), torch.tensor(0), references, torch.cat(encoder(references), dim=1), noise)
+    assert (found[:, :3] - answers[:, :3]).norm(dim=1).quantile(0.9) < 0.01
+    assert (found[:, 3:] * answers[:, 3:]).sum(dim=1).abs().quantile(0.1) > 1 - 1e-6
+
+
+def test_inversion_descends_the_whitened_distance(encoder):
+    references, latents = poses_near(50, spread=30), random_latents(20, 128)
+    root = random_latents(128, 128) / 11
+    noise = root @ root.T
+    encoded = torch.cat(encoder(references), dim=1)
+    found = invert(encoder, latents, torch.tensor(0), references, encoded, noise)
+    inverse = torch.linalg.inv(noise + 0.1 * noise.diagonal().mean() * torch.eye(128))
+
+    def distances(codes):
+        difference = codes - latents
+        return torch.einsum("nd,de,ne->n", difference, inverse, difference)
+
+    nearest = torch.stack([distances(code.expand(20, -1)) for code in encoded], dim=1).amin(dim=1)
+    assert (distances(torch.cat(encoder(found), dim=1)) < nearest * (1 + 1e-4)).all()
+    assert (found[:, 3:].norm(dim=1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("solver", ["linear", "inversion", "mlp", "simplex"])
+def test_scenes_are_refined_apart_and_keep_the_aprs_pose_without_references(solver):
+    torch.manual_seed(0)
+    encoder = MultiScenePoseEncoder(8, num_scenes=3).requires_grad_(False)
+    references = poses_near(100)
+    scenes = torch.tensor([0, -1] * 10 + [2] * 80)
+    queries = {"pose": 2 * poses_near(6), "latents": random_latents(6, 16), "scene": torch.tensor([0, 1, 2, 2, 0, 1])}
+    poses, refined = optimize(solver, encoder, queries, references, scenes, {})
+    enough = (queries["scene"] == 2) if solver in ("linear", "inversion") else (queries["scene"] != 1)  # scene 0 has 10
+    assert torch.equal(refined, enough)
+    unit = queries["pose"] / torch.cat((torch.ones(6, 3), queries["pose"][:, 3:].norm(dim=1, keepdim=True).expand(6, 4)), dim=1)
+    assert torch.allclose(poses[~refined], unit[~refined], atol=1e-6)
+    # A scene alone, and a query alone, give the same; the row decides the paper's initial weights.
+    alone, _ = optimize(solver, encoder, queries, references[scenes == 2], torch.full((80,), 2), {})
+    assert torch.allclose(alone[2:4], poses[2:4], atol=1e-5)
+    first = {key: value[:1] for key, value in queries.items()}
+    assert torch.allclose(optimize(solver, encoder, first, references, scenes, {})[0], poses[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["linear", "inversion", "mlp", "simplex"])
+def test_identical_references_give_their_position(solver, encoder):
+    references = poses_near(1).expand(40, 7)
+    queries = {"pose": poses_near(3), "latents": random_latents(3, 128), "scene": torch.zeros(3, dtype=torch.long)}
+    poses, refined = optimize(solver, encoder, queries, references, torch.zeros(40, dtype=torch.long), {"num_neighbors": 5})
+    assert refined.all() and torch.isfinite(poses).all()
+    if solver != "inversion":  # which goes where the encoding fits better
+        assert torch.allclose(poses[:, :3], references[:3, :3], atol=1e-4)
+
+
+def test_a_pae_sees_positions_in_its_scenes_units_and_quaternions_of_either_sign():
+    torch.manual_seed(0)
+    poses, scenes = torch.cat((poses_near(50), poses_near(50))), torch.arange(2).repeat_interleave(50)
+    encoder, other = MultiScenePoseEncoder(8, num_scenes=2), MultiScenePoseEncoder(8, num_scenes=2)
+    other.load_state_dict(encoder.state_dict())
+    moved = poses.clone()
+    moved[:50, :3] = 20 * moved[:50, :3] + torch.tensor([100.0, -300, 5])  # a scene outdoors
+    moved[50:60, 3:] *= -3
+    for pae, seen in ((encoder, poses), (other, moved)):
+        pae.fit_poses(seen, scenes)
+    for a, b in zip(encoder(poses, scenes), other(moved, scenes)):
+        assert torch.allclose(a, b, atol=1e-3)
+    latents = random_latents(100, 16)
+    encoder.fit_noise(poses, scenes, latents)
+    residuals = (latents - torch.cat(encoder(poses, scenes), dim=1)).detach().numpy()
+    assert encoder.noise.numpy() == pytest.approx(sum(np.outer(r, r) for r in residuals) / 100, abs=1e-5)
+
+
+def test_a_refiner_begins_at_the_aprs_pose_and_turns_it():
+    refiner = PoseRefiner(4).eval()
+    pose, latents = 3 * poses_near(5), random_latents(5, 8)
+    unit = torch.nn.functional.normalize(pose[:, 3:], dim=1)
+    assert torch.allclose(refiner(latents, pose), torch.cat((pose[:, :3], unit), dim=1), atol=1e-6)
+    turn = torch.tensor(axangle2quat([1, 2, 3], 0.7), dtype=torch.float32)
+    refiner.q_reg.bias.data, refiner.x_reg.bias.data = 5 * turn, torch.tensor([1.0, 2.0, 3.0])
+    for after, before in zip(refiner(latents, pose).detach().numpy(), pose.numpy()):
+        assert quat2mat(after[3:]) == pytest.approx(quat2mat(turn.numpy()) @ quat2mat(before[3:]), abs=1e-5)
+        assert after[:3] - before[:3] == pytest.approx([1, 2, 3], abs=1e-5)
+    # What it is given does not change with the units of the latents, unless none of a number's variance is worth looking at.
+    refiner.hidden[0].weight.data.normal_()
+    refiner.x_reg.weight.data.normal_()
+    refiner.fit_inputs(latents, pose, pose)
+    before = refiner(latents, pose)
+    refiner.fit_inputs(100 * latents + 7, pose, pose)
+    assert torch.allclose(refiner(100 * latents + 7, pose), before, atol=1e-3)
+
+
+def test_equal_poses_are_found_by_value_alone():
+    poses = poses_near(30).double().numpy()
+    others = poses[10:20].copy()
+    others[:5, 3:] *= -1
+    others[5, 0] += 5e-7
+    others[6, 0] += 5e-6
+    others[7, 3:] *= 4  # not unit, the same rotation
+    expected = np.zeros(30, bool)
+    expected[[10, 11, 12, 13, 14, 15, 17, 18, 19]] = True
+    assert (equal_poses(poses, others) == expected).all()
+
+
+def test_the_interval_of_a_change_holds_the_truth_as_often_as_it_says():
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(60):
+        # Neighbouring frames err alike: both errors share a factor that lasts for 25 frames; the true change is -20 %.
+        shared = np.repeat(random.lognormal(0, 0.5, 40), 25)
+        before = shared * random.lognormal(0, 0.3, 1000)
+        after = 0.8 * shared * random.lognormal(0, 0.3, 1000)
+        (change, low, high), (none, *zero) = changes((before, before), (after, before), n_samples=300)
+        assert low <= change <= high and none == 0 and zero == [0, 0]
+        inside += low <= -20 <= high
+    assert 52 <= inside <= 60
+    halved = changes((before, before), (before / 2, before / 2), n_samples=50)
+    assert np.allclose(halved, -50)
+    assert np.isnan(changes((before[:25], before[:25]), (after[:25], after[:25]))[0][1:]).all()

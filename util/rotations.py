@@ -1,0 +1,25 @@
+"""Rotations as quaternions, scalar first."""
+import torch
+
+
+def multiply_quaternions(left, right):
+    """Hamilton product: two of N x 4 -> N x 4; as rotations, `right` is applied first."""
+    w1, v1, w2, v2 = left[:, :1], left[:, 1:], right[:, :1], right[:, 1:]
+    return torch.cat((w1 * w2 - (v1 * v2).sum(1, keepdim=True), w1 * v2 + w2 * v1 + torch.linalg.cross(v1, v2)), dim=1)
+
+
+def quaternion_of(rotation_vectors):
+    """Unit quaternions of rotation vectors, axis times angle in radians: N x 3 -> N x 4. Differentiable at 0."""
+    squared = rotation_vectors.square().sum(dim=1, keepdim=True)
+    small = squared < 1e-12
+    half = torch.where(small, 1, squared).sqrt() / 2
+    return torch.cat((torch.where(small, 1 - squared / 8, half.cos()),
+                      torch.where(small, 0.5, half.sin() / (2 * half)) * rotation_vectors), dim=1)
+
+
+def mean_quaternion(quaternions, weights=None):
+    """The mean rotation: the principal eigenvector of the unit quaternions' weighted outer products, which does not see
+    their signs (Markley et al., Averaging Quaternions, 2007, eq. 12). ... x N x 4, weights ... x N -> ... x 4."""
+    unit = torch.nn.functional.normalize(quaternions, dim=-1)
+    weighted = unit if weights is None else unit * weights.unsqueeze(-1)
+    return torch.linalg.eigh(weighted.mT @ unit).eigenvectors[..., -1]
