@@ -19,10 +19,10 @@ MS_TRANSFORMER = ["--set", "num_scenes=2", "hidden_dim=64", "nhead=4", "dim_feed
 # A few minutes on two cores instead of hours: fewer epochs.
 TRAINING = {
     "posenet": ["n_epochs=10", "lr_scheduler_step_size=4", "n_workers=1"],
-    "ems-transposenet": ["batch_size=16", "n_epochs=12", "lr_scheduler_step_size=4",
+    "ems-transposenet": ["no_augment=true", "batch_size=16", "n_epochs=12", "lr_scheduler_step_size=4",
                          "lr_scheduler_gamma=0.5", "lr=1e-3", "s_x=-2", "s_q=-4", "n_workers=0"],
 }
-AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3"]  # of the PAE
+AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3", "lr_scheduler_step_size=30", "lr_scheduler_gamma=0.5"]  # of the PAE
 
 
 def main():

@@ -40,6 +40,9 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
         if args.encoder_checkpoint_path is None:
             encoder.fit_poses(latents["pose"], scenes)
         teacher_latents = torch.cat((latents["latent_x"], latents["latent_q"]), dim=1)
+        # Not of frames whose scene the APR tells wrong, unless the scenes' order is not known.
+        right = scenes == torch.tensor(dataset.scenes, device=run.device).repeat(n_views(config)) if "scene" in latents else scenes == 0
+        of_noise = right if right.float().mean() > 0.5 else torch.ones_like(right)
         pae_input = "pose" if config.get("pae_input", "estimated") == "true" else "estimate"
         pose_loss = CameraPoseLoss(config).to(run.device)
 
@@ -53,7 +56,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():
             engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names),
-                         before_save=lambda: encoder.fit_noise(latents["pose"], scenes, teacher_latents))
+                         before_save=lambda: encoder.fit_noise(latents["pose"][of_noise], scenes[of_noise], teacher_latents[of_noise]))
     else:
         encoder.eval()
 

@@ -1,6 +1,5 @@
 """Refine an APR's poses: by a PAE and reference poses at test time (optimize), or by a network that is trained and tested."""
 import logging
-import time
 
 from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS
 from util import cli
@@ -12,7 +11,7 @@ def main():
     parser = cli.parser(__doc__, (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS), modes=("train", "test", "optimize"))
     parser.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR")
     parser.add_argument("encoder_checkpoint_path", metavar="ENCODER_CHECKPOINT",
-                        help="the weights of the APR's PAE, which only optimize reads")
+                        help="the weights of the APR's PAE; only optimize reads them")
     parser.add_argument("--rpr_checkpoint_path", metavar="FILE.pth",
                         help="the refiner's weights to start from in training, to test in testing (default: none in training)")
     parser.add_argument("--ref_poses_file", metavar="TRAIN.csv",
@@ -52,9 +51,10 @@ def main():
     freeze(apr)
     names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed)
-    refiner = PoseRefiner(config["hidden_dim"]).to(run.device)
-    if args.mode != "optimize" and args.rpr_checkpoint_path is not None:
-        fill(args.rpr_checkpoint_path, refiner, read_checkpoint(args.rpr_checkpoint_path, "refiner", config))
+    if args.mode != "optimize":
+        refiner = PoseRefiner(config["hidden_dim"]).to(run.device)
+        if args.rpr_checkpoint_path is not None:
+            fill(args.rpr_checkpoint_path, refiner, read_checkpoint(args.rpr_checkpoint_path, "refiner", config))
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
@@ -89,8 +89,8 @@ def main():
         if args.solver in ("linear", "inversion") and not encoder.noise.any():
             logging.warning("%s does not hold the covariance of latents that %s works with; a PAE trained with "
                             "main_learn_*pose_encoding.py does", args.encoder_checkpoint_path, args.solver)
-        references, scenes, leaked = read_references(args.ref_poses_file, dataset, names, config["num_scenes"] if multi_scene else None,
-                                                     args.allow_query_poses)
+        references, scenes, leaked = read_references(
+            args.ref_poses_file, dataset, names, config["num_scenes"] if multi_scene else None, args.allow_query_poses)
         references, scenes = references.to(run.device), scenes.to(run.device)
 
         def refine(queries):
@@ -98,11 +98,10 @@ def main():
 
     results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
-    begin = time.perf_counter()
     with torch.no_grad(), one_thread():
-        poses, refined = refine(queries)
-    engine.synchronize(run.device)
-    milliseconds = 1000 * (time.perf_counter() - begin) / len(poses)
+        refine({key: value[:1] for key, value in queries.items()})  # warm up
+        taken, (poses, refined) = engine.milliseconds(lambda: refine(queries), run.device)
+    milliseconds = taken / len(poses)
     logging.info("Refinement: {:.3f} ms a query, {:.1f}% of the APR's time".format(
         milliseconds, 100 * milliseconds / results["milliseconds"].mean()))
     if not refined.all():

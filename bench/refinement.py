@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from bench import common
 from datasets.camera_poses import CameraPoseDataset
 from datasets.labels import read_labels
-from demo import MS_TRANSFORMER
+from demo import AUXILIARY, MS_TRANSFORMER
 from models import build_pose_encoder, load_apr
 from models.checkpoints import fill, read_checkpoint
 from models.pose_encoder import PoseEncoder
@@ -37,7 +37,6 @@ RENDERED = {"mobilenet": [f"n_epochs={EPOCHS['mobilenet']}", "lr_scheduler_step_
 REAL = [f"n_epochs={EPOCHS['real']}"]
 MULTI_SCENE = [*MS_TRANSFORMER[1:], "n_workers=1", "batch_size=16", f"n_epochs={EPOCHS['MS-Transformer']}", "lr=1e-3",
                "lr_scheduler_step_size=2", "lr_scheduler_gamma=0.5", "s_x=-2", "s_q=-4"]
-AUXILIARY = [f"n_epochs={EPOCHS['auxiliary']}", "batch_size=32", "lr=1e-3", "lr_scheduler_step_size=30", "lr_scheduler_gamma=0.5"]
 K = 3
 MEAN, LEAKED = f"mean of {K} references", "LEAKED: paper's optimisation, references from the test labels"
 SOLVED = {"paper's optimisation (mlp)": "mlp", "its minimum (simplex)": "simplex", "linear (default)": "linear", "inversion": "inversion",

@@ -177,6 +177,8 @@ def _describe(weights):
             return {**found, "num_scenes": len(weights["scale"])} if "scale" in weights else found
         return {**found, "kind": "single-scene PAE", "apply_positional_encoding": n_features > 1}
     if "hidden.0.weight" in weights and "q_reg.weight" in weights:
+        if "spread" not in weights:
+            return {"kind": "a refiner of an earlier version"}
         return {"kind": "refiner", "hidden_dim": weights["hidden.0.weight"].shape[1] // 2}
     return {}
 
@@ -196,7 +198,10 @@ def read_checkpoint(path, kind, config):
 
 
 def fill(path, module, weights):
-    """Load a state dict into a module, every tensor of it. Raises UserError where they differ."""
+    """Load a state dict into a module, every tensor of it. Raises UserError where they differ, or one is not finite."""
+    for key, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {key} is not finite: the training that wrote it has failed")
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

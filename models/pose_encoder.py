@@ -42,13 +42,13 @@ class _PoseEncoder(nn.Module):
         return self._version >= 2
 
     def fit_poses(self, poses, scenes):
-        """Take centre, scale and mean orientation of the training poses, N x 7, of scenes, N."""
+        """Take centre, scale and mean orientation of the training poses, N x 7, of scenes, N: as the APR tells them, and so as
+        the PAE will be asked; medians, because a few are told wrong, and label files have outliers."""
         for scene in scenes.unique():
             of_scene = poses[scenes == scene].double()
             self.centre[scene] = of_scene[:, :3].median(dim=0).values
-            # Robust, because label files have outliers; a scene of a single position keeps metres.
             spread = (of_scene[:, :3] - self.centre[scene]).norm(dim=1).median()
-            self.scale[scene] = spread if spread > 0 else 1
+            self.scale[scene] = spread if spread > 0 else 1  # a single position keeps metres
             self.mean_orientation[scene] = mean_quaternion(of_scene[:, 3:])
 
     @torch.no_grad()
@@ -69,7 +69,7 @@ class _PoseEncoder(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # On the instance, so that saving a published PAE again keeps saying what it is.
-        self._version = local_metadata.get("version") or 1
+        self._version = local_metadata.get("version") or (3 if f"{prefix}centre" in state_dict else 1)
         if self._version < 3:
             for name, buffer in self.named_buffers():
                 state_dict.setdefault(prefix + name, buffer)

@@ -38,7 +38,8 @@ class PoseRefiner(nn.Module):
         estimates from the true poses, N x 7, in whose units the translation is regressed."""
         self.mean.copy_(latents.mean(dim=0))
         deviation = latents.std(dim=0, correction=0)
-        self.deviation.copy_(deviation.clamp(min=0.1 * deviation.max()))  # many latents are 0 for every frame
+        # Many latents are 0 for every frame.
+        self.deviation.copy_(deviation.clamp(min=0.1 * deviation.max()) if deviation.any() else torch.ones_like(deviation))
         distance = (estimates[:, :3] - poses[:, :3]).norm(dim=1).median()
         self.spread.copy_(distance if distance > 0 else torch.ones(()))
 

@@ -59,6 +59,9 @@ def files(tmp_path_factory):
         torch.save(get_model(name, "none", SMALL).state_dict(), root / f"{name}.pth")
     torch.save(get_model("ems-transposenet", "none", {**SMALL, "num_scenes": 3}).state_dict(), root / "three_scenes.pth")
     torch.save(PoseEncoder(16).state_dict(), root / "pae.pth")
+    failed = PoseEncoder(16).state_dict()
+    failed["noise"] = failed["noise"] / 0
+    torch.save(failed, root / "nan_pae.pth")
     torch.save({"hidden.0.weight": torch.zeros(256, 64), "q_reg.weight": torch.zeros(4, 256)}, root / "old_refiner.pth")
     torch.save(MultiScenePoseEncoder(16, SMALL["num_scenes"]).state_dict(), root / "multi_pae.pth")
     (root / "truncated.pth").write_bytes((root / "posenet.pth").read_bytes()[:5000])
@@ -179,7 +182,8 @@ CASES = {
                                                                    "scene attic"]),
     "references that are missing": (optimize("nowhere.csv"), ["nowhere.csv"]),
     "PAE of the other kind to optimize with": (optimize("train.csv", encoder="multi_pae.pth"), ["a checkpoint of multi-scene PAE"]),
-    "earlier refiner": (refine("--rpr_checkpoint_path", "old_refiner.pth"), ["old_refiner.pth: the checkpoint has hidden_dim 32"]),
+    "PAE of a training that failed": (optimize("train.csv", encoder="nan_pae.pth"), ["nan_pae.pth: noise is not finite"]),
+    "earlier refiner": (refine("--rpr_checkpoint_path", "old_refiner.pth"), ["old_refiner.pth: a checkpoint of a refiner of an earlier version"]),
 }
 
 

@@ -180,12 +180,26 @@ def test_scenes_are_refined_apart_and_keep_the_aprs_pose_without_references(solv
     encoder = MultiScenePoseEncoder(8, num_scenes=3).requires_grad_(False)
     references = poses_near(100)
     scenes = torch.tensor([0, -1] * 10 + [2] * 80)
+    references[scenes == 2, :3] *= 30
+    encoder.fit_poses(references, scenes.clamp(min=0))
+    encoder.fit_noise(references, scenes.clamp(min=0), random_latents(100, 16))
     queries = {"pose": 2 * poses_near(6), "latents": random_latents(6, 16), "scene": torch.tensor([0, 1, 2, 2, 0, 1])}
     poses, refined = optimize(solver, encoder, queries, references, scenes, {})
     enough = (queries["scene"] == 2) if solver in ("linear", "inversion") else (queries["scene"] != 1)  # scene 0 has 10
     assert torch.equal(refined, enough)
     unit = queries["pose"] / torch.cat((torch.ones(6, 3), queries["pose"][:, 3:].norm(dim=1, keepdim=True).expand(6, 4)), dim=1)
     assert torch.allclose(poses[~refined], unit[~refined], atol=1e-6)
+    if solver in ("linear", "inversion"):
+        of_scene = references[scenes == 2]
+        encoded = torch.cat(encoder(of_scene, torch.full((80,), 2)), dim=1)
+        more = (of_scene, encoded, encoder.noise)
+        latents = queries["latents"][2:4]
+        expected = linear_estimate(latents, *more) if solver == "linear" else invert(encoder, latents, torch.tensor(2), *more)
+        assert torch.allclose(poses[2:4], expected, atol=1e-5)
+        assert not torch.allclose(linear_estimate(latents, of_scene, encoded, torch.eye(16)), expected, atol=1e-2)
+    unknown = {key: value[:2] for key, value in queries.items()} | {"scene": torch.tensor([1, 1])}
+    kept, refined = optimize(solver, encoder, unknown, references, scenes, {})
+    assert not refined.any() and torch.allclose(kept, unit[:2], atol=1e-6)
     # A scene alone, and a query alone, give the same; the row decides the paper's initial weights.
     alone, _ = optimize(solver, encoder, queries, references[scenes == 2], torch.full((80,), 2), {})
     assert torch.allclose(alone[2:4], poses[2:4], atol=1e-5)
@@ -244,12 +258,14 @@ def test_equal_poses_are_found_by_value_alone():
     poses = poses_near(30).double().numpy()
     others = poses[10:20].copy()
     others[:5, 3:] *= -1
-    others[5, 0] += 5e-7
-    others[6, 0] += 5e-6
+    others[5, 0] += 5e-5
+    others[6, 0] += 5e-4
     others[7, 3:] *= 4  # not unit, the same rotation
     expected = np.zeros(30, bool)
     expected[[10, 11, 12, 13, 14, 15, 17, 18, 19]] = True
     assert (equal_poses(poses, others) == expected).all()
+    far = poses + [150, -150, 20, 0, 0, 0, 0]
+    assert equal_poses(far, far.astype(np.float32)).all() and equal_poses(far, far.round(5)).all()
 
 
 def test_the_interval_of_a_change_holds_the_truth_as_often_as_it_says():

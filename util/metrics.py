@@ -24,7 +24,7 @@ def changes(before, after, n_samples=5000):
 
     before, after: errors as pose_err gives them, each two of ... x N, N consecutive frames; leading dimensions are runs on
     the same frames, whose medians are taken over all of them. The intervals are the percentiles of a paired bootstrap over
-    blocks of BLOCK frames, since neighbouring frames err alike (Kuensch, 1989); NaN with fewer than two blocks.
+    blocks of at most BLOCK frames, since neighbouring frames err alike (Kuensch, 1989); NaN with fewer than four blocks.
     """
     random = np.random.default_rng(0)
     before, after = (np.stack([np.atleast_2d(errors) for errors in pair]) for pair in (before, after))  # 2 x runs x N
@@ -35,7 +35,7 @@ def changes(before, after, n_samples=5000):
         return 100 * (medians[1] / np.maximum(medians[0], 1e-12) - 1)
 
     samples = [change(np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))]))
-               for _ in range(n_samples)] if len(blocks) > 1 else [np.full(2, np.nan)]
+               for _ in range(n_samples)] if len(blocks) >= 4 else [np.full(2, np.nan)]
     low, high = np.percentile(samples, (2.5, 97.5), axis=0)
     return tuple(zip(change(slice(None)), low, high))
 

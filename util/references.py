@@ -10,15 +10,17 @@ from scipy.spatial import cKDTree
 from datasets.labels import mend, poses_of, read_labels, scene_indices
 from util.errors import UserError
 from util.files import same_file
+from util.rotations import unit_poses
 
 CHUNK = 1024  # queries at a time, so that memory grows with the references alone
-SAME_POSE = 1e-6  # metres, and of a quaternion's numbers
+SAME_POSE = 1e-4  # metres, and of a quaternion's numbers; more than single precision loses at a kilometre
 
 
 def pose_distances(poses, references):
     """How far references are from poses: the distance in position and the distance between unit quaternions (the nearer
     sign), each over its maximum among the references, summed. N x 7, R x 7 -> N x R."""
-    positions = torch.cdist(poses[:, :3], references[:, :3])
+    # Not by products, which lose decimetres at 150 m.
+    positions = torch.cdist(poses[:, :3], references[:, :3], compute_mode="donot_use_mm_for_euclid_dist")
     cosines = F.normalize(poses[:, 3:], dim=1) @ F.normalize(references[:, 3:], dim=1).T
     orientations = (2 - 2 * cosines.abs()).clamp(min=0).sqrt()
     tiny = torch.finfo(poses.dtype).tiny  # a single reference, or identical ones, are all equally near
@@ -50,7 +52,7 @@ def read_references(path, dataset, scene_names, num_scenes=None, allow_query_pos
     `allow_query_poses` lets them).
 
     dataset: what is tested; scene_names: the model's in order, or None; num_scenes: None for a single-scene model, whose
-    scenes are all 0.
+    scene is 0.
 
     Raises UserError where the file holds answers: it is the tested one, shares a frame with it, or has a pose that equals a
     tested one; where it is of other scenes than the tested; and where the scenes' order is not known.
@@ -69,10 +71,12 @@ def read_references(path, dataset, scene_names, num_scenes=None, allow_query_pos
     labels, _ = mend(labels)
     if len(labels) < n_listed:
         logging.info("--ref_poses_file %s: %d poses far outside the rest, or listed again, left out", path, n_listed - len(labels))
-    references = torch.tensor(poses_of(labels), dtype=torch.float32)
-    references[:, 3:] = F.normalize(references[:, 3:], dim=1)
+    references = unit_poses(torch.tensor(poses_of(labels), dtype=torch.float32))
     if num_scenes is None:
-        return references, torch.zeros(len(references), dtype=torch.long), bool(answers)
+        others = ~labels["scene"].isin(set(dataset.labels["scene"]))
+        if others.any():
+            logging.info("--ref_poses_file %s: %d poses of other scenes left out", path, others.sum())
+        return references, -torch.tensor(others.to_numpy(), dtype=torch.long), bool(answers)
     names = scene_names or sorted(set(labels["scene"]))
     if scene_names is None and len(names) != num_scenes:
         raise UserError(f"--ref_poses_file {path}: {len(names)} scenes, but the model has {num_scenes}: their order "

@@ -7,11 +7,11 @@ from scipy.optimize import nnls
 
 from datasets.camera_poses import epoch_generator
 from util.references import CHUNK, nearest_references
-from util.rotations import mean_quaternion, multiply_quaternions, quaternion_of
+from util.rotations import mean_quaternion, multiply_quaternions, quaternion_of, unit_poses
 
 LEAST_REFERENCES = 32  # of a scene, for linear and inversion
 _CHUNK_OF_MLPS = 32  # a query's has 0.3 million weights
-_N_STEPS = 10
+_N_STEPS, _DIFFERENCE = 10, 1e-3  # Gauss-Newton steps; of central differences, in a scene's units and radians
 
 
 def optimize(solver, encoder, queries, references, reference_scenes, config, seed=0):
@@ -26,7 +26,7 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
     Returns poses N x 7 with unit quaternions, and which of the N were refined: the others' scenes have no references or,
     for linear and inversion, fewer than LEAST_REFERENCES; they keep the APR's pose.
     """
-    poses = torch.cat((queries["pose"][:, :3], F.normalize(queries["pose"][:, 3:], dim=1)), dim=1)
+    poses = unit_poses(queries["pose"])
     known = reference_scenes >= 0
     references, reference_scenes = references[known], reference_scenes[known]
     encoded = torch.cat(encoder(references, reference_scenes), dim=1)
@@ -44,18 +44,18 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
         return poses, refined
 
     for scene in queries["scene"].unique():
-        of_scene = reference_scenes == scene
+        of_scene, rows = reference_scenes == scene, queries["scene"] == scene
         if of_scene.sum() < LEAST_REFERENCES:
             continue
-        # Without a covariance, as in published PAEs, the same in all directions.
-        noise = encoder.noise if encoder.noise.any() else encoded[of_scene].var(dim=0).mean().clamp(min=1e-9) * torch.eye(encoded.shape[1]).to(encoded)
-        for rows in (queries["scene"] == scene).nonzero().squeeze(1).split(CHUNK):
-            latents = queries["latents"][rows]
-            if solver == "linear":
-                poses[rows] = linear_estimate(latents, references[of_scene], encoded[of_scene], noise)
-            else:
-                poses[rows] = invert(encoder, latents, scene, references[of_scene], encoded[of_scene], noise)
-            refined[rows] = True
+        latents, *known = queries["latents"][rows], references[of_scene], encoded[of_scene]
+        noise = encoder.noise
+        if not noise.any():  # of a published PAE: the same in all directions
+            noise = known[1].var(dim=0).mean().clamp(min=1e-9) * torch.eye(len(noise), device=noise.device)
+        if solver == "linear":
+            poses[rows] = linear_estimate(latents, *known, noise)
+        else:
+            poses[rows] = torch.cat([invert(encoder, part, scene, *known, noise) for part in latents.split(CHUNK)])
+        refined[rows] = True
     return poses, refined
 
 
@@ -76,12 +76,13 @@ def linear_estimate(latents, references, encoded, noise):
     covariance.diagonal().add_(0.01 * covariance.diagonal().mean())
     gain = torch.linalg.solve(covariance, encoded_off.T @ poses_off / len(encoded))
     estimates = poses.mean(dim=0) + (latents.double() - encoded.mean(dim=0)) @ gain
-    return torch.cat((estimates[:, :3], F.normalize(estimates[:, 3:], dim=1)), dim=1).float()
+    return unit_poses(estimates).float()
 
 
 def invert(encoder, latents, scene, references, encoded, noise):
-    """The pose whose encoding is nearest to the latents, under the inverse covariance of latents around encodings: from the
-    nearest reference by damped Gauss-Newton steps (Levenberg, 1944) on the PAE's input.
+    """The pose whose encoding is nearest to the latents, under the inverse covariance of latents around encodings (with a tenth
+    of its mean variance added in all directions): from the nearest reference by damped Gauss-Newton steps (Levenberg, 1944) on
+    the PAE's input.
 
     latents N x D of one scene; references R x 7 and their encodings R x D; noise D x D. Returns N x 7.
     """
@@ -102,11 +103,11 @@ def invert(encoder, latents, scene, references, encoded, noise):
         return torch.cat(encoder(moved(steps), scenes), dim=1) @ whiten - targets
 
     still = torch.zeros(len(poses), 6, device=poses.device)
-    directions = torch.eye(6, device=poses.device)
+    differences = _DIFFERENCE * torch.eye(6, device=poses.device)
     damping = torch.full((len(poses), 1), 1e-2, device=poses.device)
     for _ in range(_N_STEPS):
-        jacobian = torch.stack([torch.func.jvp(residuals, (still,), (direction.expand_as(still).contiguous(),))[1]
-                                for direction in directions], dim=2)
+        jacobian = torch.stack([(residuals(step.expand_as(still)) - residuals(-step.expand_as(still))) / (2 * _DIFFERENCE)
+                                for step in differences], dim=2)
         now = residuals(still)
         hessian = jacobian.mT @ jacobian
         damped = hessian + torch.diag_embed(damping * hessian.diagonal(dim1=1, dim2=2) + 1e-9)
@@ -114,7 +115,7 @@ def invert(encoder, latents, scene, references, encoded, noise):
         better = residuals(steps).square().sum(dim=1, keepdim=True) < now.square().sum(dim=1, keepdim=True)
         poses = torch.where(better, moved(steps), poses)
         damping = torch.where(better, damping / 5, damping * 5)
-    return torch.cat((poses[:, :3], F.normalize(poses[:, 3:], dim=1)), dim=1)
+    return unit_poses(poses)
 
 
 def mlp_weights(encoded, latents, rows, seed, n_iterations):
@@ -167,7 +168,7 @@ def simplex_weights(encoded, latents):
     systems = F.pad(differences / scale[:, None, None], (0, 0, 0, 1), value=1).cpu().numpy()
     target = np.zeros(systems.shape[1])
     target[-1] = 1
-    weights = torch.tensor(np.array([nnls(system, target)[0] for system in systems])).reshape(len(systems), -1)
+    weights = torch.tensor(np.array([nnls(system, target)[0] for system in systems])).reshape(encoded.shape[:2])
     return (weights / weights.sum(dim=1, keepdim=True)).to(encoded)
 
 

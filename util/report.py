@@ -2,14 +2,13 @@
 import logging
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from datasets.labels import POSE_COLUMNS, write_labels
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
 from util.metrics import changes, medians, pose_err
+from util.rotations import unit_poses
 
 RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 
@@ -41,12 +40,10 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     poses, truth = results["pose"].double(), dataset.poses
     log_results(tested, dataset.labels_file, poses, truth, results, leaked)
     predictions = dataset.labels.copy()
-    predictions[POSE_COLUMNS[:3]] = poses[:, :3].numpy()
-    predictions[POSE_COLUMNS[3:]] = F.normalize(poses[:, 3:], dim=1).numpy()
+    predictions[POSE_COLUMNS] = unit_poses(poses).numpy()
     if "apr_pose" in results:
-        apr_poses = results["apr_pose"].double()
-        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = torch.cat((apr_poses[:, :3], F.normalize(apr_poses[:, 3:], dim=1)),
-                                                                              dim=1).numpy()
+        apr_poses = unit_poses(results["apr_pose"].double())
+        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = apr_poses.numpy()
     predictions["position_error_m"], predictions["orientation_error_deg"] = (e.numpy() for e in pose_err(poses, truth))
     if "scene" in results:
         scenes = results["scene"].numpy()

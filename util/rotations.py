@@ -2,6 +2,11 @@
 import torch
 
 
+def unit_poses(poses):
+    """Poses with unit quaternions: ... x 7 -> ... x 7."""
+    return torch.cat((poses[..., :3], torch.nn.functional.normalize(poses[..., 3:], dim=-1)), dim=-1)
+
+
 def multiply_quaternions(left, right):
     """Hamilton product: two of N x 4 -> N x 4; as rotations, `right` is applied first."""
     w1, v1, w2, v2 = left[:, :1], left[:, 1:], right[:, :1], right[:, 1:]
