@@ -36,6 +36,8 @@ def files(tmp_path_factory):
     (root / "nothing.csv").write_text("")
     write_labels(root / "three_scenes.csv", [row.replace("attic,", f"{scene},") for row, scene in zip(rows, "abc")])
 
+    write_labels(root / "lone_frame.csv", [rows[0], rows[1], rows[2].replace("attic,", "cellar,")])
+
     def posed_like(row, other, sign):
         pose = [float(number) for number in other.split(",")[4:]]
         pose = [*(number + 4e-7 for number in pose[:3]), *(sign * number for number in pose[3:])]

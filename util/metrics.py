@@ -37,7 +37,8 @@ def changes(before, after, n_samples=5000):
     samples = [change(np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))]))
                for _ in range(n_samples)] if len(blocks) >= 4 else [np.full(2, np.nan)]
     low, high = np.percentile(samples, (2.5, 97.5), axis=0)
-    return tuple(zip(change(slice(None)), low, high))
+    # No negative zeros, and no rounding, where nothing changes.
+    return tuple(zip(*(np.round(values, 3) + 0.0 for values in (change(slice(None)), low, high))))
 
 
 def medians(est_pose, gt_pose):
