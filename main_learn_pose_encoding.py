@@ -41,8 +41,10 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
             encoder.fit_poses(latents["pose"], scenes)
         teacher_latents = torch.cat((latents["latent_x"], latents["latent_q"]), dim=1)
         # Not of frames whose scene the APR tells wrong, unless the scenes' order is not known.
-        right = scenes == torch.tensor(dataset.scenes, device=run.device).repeat(n_views(config)) if "scene" in latents else scenes == 0
-        of_noise = right if right.float().mean() > 0.5 else torch.ones_like(right)
+        true_scenes = torch.tensor(dataset.scenes).repeat(n_views(config)).to(run.device) if "scene" in latents else scenes
+        of_noise = scenes == true_scenes
+        if of_noise.float().mean() < 0.5:
+            of_noise[:] = True
         pae_input = "pose" if config.get("pae_input", "estimated") == "true" else "estimate"
         pose_loss = CameraPoseLoss(config).to(run.device)
 
@@ -53,10 +55,13 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
                     + pose_loss(pose, batch["pose"]))
             return loss, pose
 
+        def fit_noise():
+            encoder.fit_noise(latents["pose"][of_noise], scenes[of_noise], teacher_latents[of_noise])
+
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():
             engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names),
-                         before_save=lambda: encoder.fit_noise(latents["pose"][of_noise], scenes[of_noise], teacher_latents[of_noise]))
+                         before_save=fit_noise)
     else:
         encoder.eval()
 

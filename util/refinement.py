@@ -47,14 +47,14 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
         of_scene, rows = reference_scenes == scene, queries["scene"] == scene
         if of_scene.sum() < LEAST_REFERENCES:
             continue
-        latents, *known = queries["latents"][rows], references[of_scene], encoded[of_scene]
         noise = encoder.noise
         if not noise.any():  # of a published PAE: the same in all directions
-            noise = known[1].var(dim=0).mean().clamp(min=1e-9) * torch.eye(len(noise), device=noise.device)
+            noise = encoded[of_scene].var(dim=0).mean().clamp(min=1e-9) * torch.eye(len(noise), device=noise.device)
+        given = references[of_scene], encoded[of_scene], noise
         if solver == "linear":
-            poses[rows] = linear_estimate(latents, *known, noise)
+            poses[rows] = linear_estimate(queries["latents"][rows], *given)
         else:
-            poses[rows] = torch.cat([invert(encoder, part, scene, *known, noise) for part in latents.split(CHUNK)])
+            poses[rows] = torch.cat([invert(encoder, latents, scene, *given) for latents in queries["latents"][rows].split(CHUNK)])
         refined[rows] = True
     return poses, refined
 
