@@ -19,7 +19,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     from models import build_pose_encoder, load_apr
     from util import engine
     from util.errors import UserError
-    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread
+    from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread, queries_of
     from util.losses import CameraPoseLoss
     from util.report import report, scene_names_of
 
@@ -36,10 +36,10 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
         latents = compute_latents(run, apr, dataset)
-        scenes = latents.get("scene", torch.zeros(len(latents["pose"]), dtype=torch.long, device=run.device))
+        teacher = queries_of(latents)
+        poses, teacher_latents, scenes = (teacher[key] for key in ("pose", "latents", "scene"))  # the true poses here
         if args.encoder_checkpoint_path is None:
-            encoder.fit_poses(latents["pose"], scenes)
-        teacher_latents = torch.cat((latents["latent_x"], latents["latent_q"]), dim=1)
+            encoder.fit_poses(poses, scenes)
         # Not of frames whose scene the APR tells wrong, unless the scenes' order is not known.
         true_scenes = torch.tensor(dataset.scenes).repeat(n_views(config)).to(run.device) if "scene" in latents else scenes
         of_noise = scenes == true_scenes
@@ -56,7 +56,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
             return loss, pose
 
         def fit_noise():
-            encoder.fit_noise(latents["pose"][of_noise], scenes[of_noise], teacher_latents[of_noise])
+            encoder.fit_noise(poses[of_noise], scenes[of_noise], teacher_latents[of_noise])
 
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from bench import common
 from datasets.camera_poses import CameraPoseDataset
@@ -28,7 +27,7 @@ from util.metrics import changes, pose_err
 from util.references import nearest_references, read_references
 from util.refinement import optimize
 from util.report import scene_names_of
-from util.rotations import mean_quaternion
+from util.rotations import mean_quaternion, unit_poses
 
 FRAMES, EPOCHS = 120, {"mobilenet": 10, "real": 20, "efficientnet": 6, "MS-Transformer": 6, "auxiliary": 100}
 POSENET = ["batch_size=32", "n_workers=1"]
@@ -144,7 +143,7 @@ def costs(device):
     encoder = PoseEncoder(256, octaves=4).to(device)
     queries = {"pose": torch.randn(1000, 7).to(device), "latents": torch.randn(1000, 512).to(device),
                "scene": torch.zeros(1000, dtype=torch.long, device=device)}
-    references, scenes = F.normalize(torch.randn(7000, 7), dim=1).to(device), torch.zeros(7000, dtype=torch.long, device=device)
+    references, scenes = unit_poses(torch.randn(7000, 7)).to(device), torch.zeros(7000, dtype=torch.long, device=device)
     rows = []
     for solver in dict.fromkeys(SOLVED.values()):
         optimize(solver, encoder, {key: value[:1] for key, value in queries.items()}, references, scenes, {})  # warm up

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from util.rotations import mean_quaternion
+from util.rotations import mean_quaternion, on_side_of
 
 OCTAVES = 6  # of published PAEs
 
@@ -63,9 +63,7 @@ class _PoseEncoder(nn.Module):
         if not self.takes_unit_quaternions:
             return position, orientation
         position = (position - self.centre[scene]) / self.scale[scene].unsqueeze(1)
-        orientation = F.normalize(orientation, dim=1)
-        flipped = (orientation * self.mean_orientation[scene]).sum(dim=1, keepdim=True) < 0
-        return position, torch.where(flipped, -orientation, orientation)
+        return position, on_side_of(F.normalize(orientation, dim=1), self.mean_orientation[scene])
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # On the instance, so that saving a published PAE again keeps saying what it is.

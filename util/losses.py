@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from util.rotations import on_side_of
+
 
 class CameraPoseLoss(nn.Module):
     """Position and orientation losses, weighted by learned uncertainties or by hand.
@@ -21,8 +23,7 @@ class CameraPoseLoss(nn.Module):
     def forward(self, est_pose, gt_pose):
         l_x = torch.linalg.vector_norm(est_pose[:, :3] - gt_pose[:, :3], ord=self.norm, dim=1).mean()
         est_q, gt_q = F.normalize(est_pose[:, 3:], dim=1), F.normalize(gt_pose[:, 3:], dim=1)
-        gt_q = torch.where((est_q * gt_q).sum(dim=1, keepdim=True) < 0, -gt_q, gt_q)
-        l_q = torch.linalg.vector_norm(est_q - gt_q, ord=self.norm, dim=1).mean()
+        l_q = torch.linalg.vector_norm(est_q - on_side_of(gt_q, est_q), ord=self.norm, dim=1).mean()
         if self.learnable:
             return (l_x * torch.exp(-self.s_x) + self.s_x + l_q * torch.exp(-self.s_q) + self.s_q).squeeze()
         return (self.s_x * l_x + self.s_q * l_q).squeeze()

@@ -104,10 +104,7 @@ def _answers(path, labels, dataset):
 def equal_poses(poses, others):
     """Which of R poses equal one of N others, within SAME_POSE in every number, for either sign of the unit quaternion.
     R x 7, N x 7 (arrays) -> R."""
-    def unit(array):
-        return np.concatenate((array[:, :3], array[:, 3:] / np.linalg.norm(array[:, 3:], axis=1, keepdims=True)), axis=1)
-
-    poses, others = unit(poses), unit(others)
+    poses, others = (unit_poses(torch.tensor(array, dtype=torch.float64)).numpy() for array in (poses, others))
     tree = cKDTree(np.concatenate((others, others * [1, 1, 1, -1, -1, -1, -1])))
     return np.isfinite(tree.query(poses, distance_upper_bound=SAME_POSE, p=np.inf)[0])
 

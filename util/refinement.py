@@ -1,5 +1,4 @@
 """Refinement of an APR's poses at test time: its latents of a query, compared with a PAE's encodings of reference poses."""
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,7 +6,7 @@ from scipy.optimize import nnls
 
 from datasets.camera_poses import epoch_generator
 from util.references import CHUNK, nearest_references
-from util.rotations import mean_quaternion, multiply_quaternions, quaternion_of, unit_poses
+from util.rotations import mean_quaternion, multiply_quaternions, on_side_of, quaternion_of, unit_poses
 
 LEAST_REFERENCES = 32  # of a scene, for linear and inversion
 _CHUNK_OF_MLPS = 32  # a query's has 0.3 million weights
@@ -66,10 +65,9 @@ def linear_estimate(latents, references, encoded, noise):
     latents N x D; references R x 7 and their encodings R x D; noise: the covariance of latents around encodings, D x D.
     Returns N x 7. Quaternions are taken on the mean's side and their estimate is normalised.
     """
-    mean_orientation = mean_quaternion(references[:, 3:].double())
-    quaternions = references[:, 3:].double()
-    quaternions = torch.where((quaternions @ mean_orientation).unsqueeze(1) < 0, -quaternions, quaternions)
-    poses, encoded = torch.cat((references[:, :3].double(), quaternions), dim=1), encoded.double()
+    references, encoded = references.double(), encoded.double()
+    quaternions = references[:, 3:]
+    poses = torch.cat((references[:, :3], on_side_of(quaternions, mean_quaternion(quaternions))), dim=1)
     poses_off, encoded_off = poses - poses.mean(dim=0), encoded - encoded.mean(dim=0)
     covariance = encoded_off.T @ encoded_off / len(encoded) + noise.double()
     # The noise was seen on training frames, which the APR knows too well: a hundredth more, the same in all directions.
@@ -181,8 +179,7 @@ def weighted_poses(weights, references, poses, refine_orientation):
     if refine_orientation is None:
         orientations = poses[:, 3:]
     elif refine_orientation == "affine":
-        other_side = (quaternions * quaternions[:, :1]).sum(dim=2, keepdim=True) < 0
-        orientations = F.normalize(torch.einsum("nk,nkd->nd", weights, torch.where(other_side, -quaternions, quaternions)), dim=1)
+        orientations = F.normalize(torch.einsum("nk,nkd->nd", weights, on_side_of(quaternions, quaternions[:, :1])), dim=1)
     else:
         orientations = mean_quaternion(quaternions, weights)
     return torch.cat((positions, orientations), dim=1)

@@ -7,6 +7,11 @@ def unit_poses(poses):
     return torch.cat((poses[..., :3], torch.nn.functional.normalize(poses[..., 3:], dim=-1)), dim=-1)
 
 
+def on_side_of(quaternions, others):
+    """The same rotations in the sign that is nearer to others: two of ... x 4 -> ... x 4."""
+    return torch.where((quaternions * others).sum(dim=-1, keepdim=True) < 0, -quaternions, quaternions)
+
+
 def multiply_quaternions(left, right):
     """Hamilton product: two of N x 4 -> N x 4; as rotations, `right` is applied first."""
     w1, v1, w2, v2 = left[:, :1], left[:, 1:], right[:, :1], right[:, 1:]
