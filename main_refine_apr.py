@@ -59,7 +59,7 @@ def main():
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
         latents = compute_latents(run, apr, dataset)
-        latents = {**queries_of(latents), "estimate": latents["estimate"]}  # 'pose' is the truth here
+        latents = {**queries_of(latents), "estimate": latents["estimate"], "row": latents["row"]}  # 'pose' is the truth here
         if args.rpr_checkpoint_path is None:
             refiner.fit_inputs(latents["latents"], latents["estimate"], latents["pose"])
         pose_loss = CameraPoseLoss(config).to(run.device)

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision import transforms
 
-from datasets.image_cache import cache_in_file, cache_in_memory, read_frame
+from datasets.image_cache import cache_in_file, cache_in_memory, free_memory, read_frame
 from datasets.labels import poses_of, read_labels, scene_indices
+from util import processes
 from util.errors import UserError
 
 SIZE = 224
@@ -44,7 +45,8 @@ def _imagenet(device):
 
 
 class CameraPoseDataset(Dataset):
-    """Items: {'img': 224 x 224 x 3 (uint8), 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there}.
+    """Items: {'img': 224 x 224 x 3 (uint8), 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there,
+    'row': the frame's row in the label file}.
 
     dataset_path: the folder that the label file's image paths are relative to.
     scene_names: the model's scenes in order; by default the label file's, sorted.
@@ -63,6 +65,7 @@ class CameraPoseDataset(Dataset):
         for row, path in zip(self.labels["row"], self.paths):
             if not os.path.isfile(path):
                 raise UserError(f"{labels_file}: row {row}: image {path} does not exist")
+        self.rows = self.labels["row"].to_numpy()
         self.poses = torch.tensor(poses_of(self.labels), dtype=torch.float32)
         self.scene_names = list(scene_names) if scene_names else sorted(set(self.labels["scene"]))
         self.scenes = scene_indices(self.labels, self.scene_names)
@@ -95,12 +98,18 @@ class CameraPoseDataset(Dataset):
 
     def cache_frames(self, cache_dir=None, memory_gb=None):
         """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
-        default a quarter of what is free). The items stay the same. Raises UserError for an unreadable image."""
+        default a quarter of what is free), which the run's processes on a machine share. The items stay the same. Raises
+        UserError for an unreadable image."""
         n_threads = n_cores()
         if cache_dir:
+            if processes.rank_here() > 0:
+                processes.wait()  # for a machine's first, which decodes; the others find the file
             self.cache = cache_in_file(cache_dir, self.paths, self._read, n_threads)
+            if processes.rank_here() == 0:
+                processes.wait()
         else:
-            self.cache = cache_in_memory(self.paths, self._read, n_threads, None if memory_gb is None else int(memory_gb * 1e9))
+            memory = free_memory() // 4 if memory_gb is None else int(memory_gb * 1e9)
+            self.cache = cache_in_memory(self.paths, self._read, n_threads, memory // processes.n_here())
 
     def _read(self, row):
         try:
@@ -122,20 +131,24 @@ class CameraPoseDataset(Dataset):
         pixels = None if self.cache is None else self.cache[row]
         image = self._read(row) if pixels is None else Image.fromarray(pixels)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_mix(self.seed, epoch, position))  # the CPU's alone
+            torch.default_generator.manual_seed(mix(self.seed, epoch, position))  # the CPU's alone
             image = self.transform(image)
-        return {"img": torch.from_numpy(np.array(image)), "pose": self.poses[row], "scene": int(self.scenes[row])}
+        return {"img": torch.from_numpy(np.array(image)), "pose": self.poses[row], "scene": int(self.scenes[row]),
+                "row": int(self.rows[row])}
 
 
 def test_batches(dataset, batch_size, n_workers, epoch=0):
-    """A loader of the dataset in its order; what is random in its items is that of `epoch`."""
-    return _loader(dataset, batch_size, n_workers, [(epoch, position) for position in range(len(dataset))])
+    """A loader of this process's share of the dataset, in its order; what is random in its items is that of `epoch`."""
+    positions = processes.share([(epoch, position) for position in range(len(dataset))])
+    return _loader(dataset, BatchSampler(positions, batch_size, drop_last=False), batch_size, n_workers)
 
 
 def train_batches(dataset, batch_size, n_workers, seed):
-    """A function from an epoch's number to that epoch's batches, shuffled by (seed, epoch) alone."""
-    sampler = _EpochSampler(len(dataset), seed)
-    loader = _loader(dataset, batch_size, n_workers, sampler)
+    """A function from an epoch's number to that epoch's batches, shuffled by (seed, epoch) alone. Of several processes each has
+    its share of every batch, whose size is that of all shares together."""
+    processes.check_batch_size(batch_size)
+    sampler = _EpochBatches(len(dataset), batch_size, seed)
+    loader = _loader(dataset, sampler, -(-batch_size // processes.count()), n_workers)
 
     def batches(epoch):
         sampler.epoch = epoch
@@ -144,15 +157,18 @@ def train_batches(dataset, batch_size, n_workers, seed):
     return batches
 
 
-class _EpochSampler(Sampler):
-    def __init__(self, size, seed):
-        self.size, self.seed, self.epoch = size, seed, 0
+class _EpochBatches(Sampler):
+    def __init__(self, size, batch_size, seed):
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
 
     def __len__(self):
-        return self.size
+        return -(-self.size // self.batch_size)
 
     def __iter__(self):
-        return ((self.epoch, position) for position in epoch_order(self.size, self.seed, self.epoch).tolist())
+        for batch in epoch_order(self.size, self.seed, self.epoch).split(self.batch_size):
+            positions = batch.tolist()
+            # A last batch of fewer frames than processes: one more time its first, rather than none.
+            yield [(self.epoch, position) for position in processes.share(positions) or positions[:1]]
 
 
 def epoch_order(size, seed, epoch):
@@ -162,29 +178,31 @@ def epoch_order(size, seed, epoch):
 
 def epoch_generator(seed, epoch):
     """A random generator (CPU) that (seed, epoch) determine."""
-    return torch.Generator().manual_seed(_mix(seed, epoch))
+    return torch.Generator().manual_seed(mix(seed, epoch))
 
 
-def _mix(*numbers):
+def mix(*numbers):
+    """A seed that numbers determine."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def _loader(dataset, batch_size, n_workers, sampler):
+def _loader(dataset, batches, batch_size, n_workers):
     n_workers = min(n_workers, n_cores())  # more only take turns
     if n_workers and os.path.isdir(SHARED_MEMORY):
         # Workers hand over batches in shared memory, two each at a time; a container has 64 MB of it, and overrunning it
         # kills them.
-        free = shutil.disk_usage(SHARED_MEMORY).free
+        free = shutil.disk_usage(SHARED_MEMORY).free // processes.n_here()
         n_workers = min(n_workers, free // (4 * batch_size * SIZE * SIZE * 3))
     # Forked, to share the cache; where that is unsafe, a cache stays in its process.
     context = "fork" if n_workers and sys.platform == "linux" else None
     if context is None and getattr(dataset, "cache", None) is not None:
         n_workers = 0
-    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=n_workers, persistent_workers=n_workers > 0,
+    return DataLoader(dataset, batch_sampler=batches, num_workers=n_workers, persistent_workers=n_workers > 0,
                       multiprocessing_context=context, pin_memory=torch.cuda.is_initialized(),
                       generator=torch.Generator())  # not the global one, which would tell the number of workers
 
 
 def n_cores():
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The CPU cores that this process may use; several of a run share a machine's."""
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(n // processes.n_here(), 1)

@@ -11,10 +11,10 @@ from pathlib import PurePosixPath
 import numpy as np
 from PIL import Image
 from torchvision.transforms import Resize
-from tqdm import tqdm
 
 from util.errors import UserError
 from util.files import whole_file
+from util.progress import progress
 
 SHORTER_SIDE = 256
 _resize = Resize(SHORTER_SIDE)
@@ -38,13 +38,11 @@ class ImageCache:
         return self.pixels[self.ends[i] - height * width * 3:self.ends[i]].reshape(height, width, 3)
 
 
-def cache_in_memory(paths, read, n_threads, budget=None):
+def cache_in_memory(paths, read, n_threads, budget):
     """Decode frames into memory that forked workers share: an anonymous mapping, which needs no /dev/shm.
 
-    read: i -> frame i as `read_frame` gives it. budget: bytes; by default a quarter of what is free. The first frames that
-    fit are kept.
+    read: i -> frame i as `read_frame` gives it. budget: bytes; the first frames that fit are kept.
     """
-    budget = free_memory() // 4 if budget is None else budget
     with ThreadPoolExecutor(n_threads) as pool:
         shapes = list(pool.map(_resized_shape, paths))
     ends = np.cumsum([height * width * 3 for height, width in shapes])
@@ -151,11 +149,11 @@ def _decode(paths, read, n_threads):
         signature = _signature(paths[i])  # before the pixels, so that a change in between shows
         return signature, np.asarray(read(i))
 
-    with ThreadPoolExecutor(n_threads) as pool, tqdm(total=len(paths), desc="decoding", unit="frame", disable=None) as progress:
+    with ThreadPoolExecutor(n_threads) as pool, progress(total=len(paths), desc="decoding", unit="frame") as bar:
         for begin in range(0, len(paths), _CHUNK):
             for decoded in pool.map(decode, range(begin, min(begin + _CHUNK, len(paths)))):
                 yield decoded
-                progress.update()
+                bar.update()
 
 
 def _open(path, paths):

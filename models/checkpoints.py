@@ -1,10 +1,12 @@
 """Reading and writing weights. Reading never runs code from the file, and only tensors come of it."""
+import io
 import json
 import logging
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,12 +61,12 @@ _LEGACY_PICKLE = SimpleNamespace(Unpickler=_LegacyUnpickler, __name__="pickle",
 
 def read_weights(path):
     """A state dict from a file: name -> tensor. Raises UserError unless the file is one."""
-    return _as_state_dict(path, _load(path))
+    return _as_state_dict(path, load(path))
 
 
 def read_module_tensors(path):
     """Like `read_weights`, and takes the published pickled EfficientNet module too, in the zip and the legacy format."""
-    loaded = _load(path, classes=[(_Pickled, name) for name in _PICKLED_CLASSES])
+    loaded = load(path, classes=[(_Pickled, name) for name in _PICKLED_CLASSES])
     if isinstance(loaded, _Pickled):
         try:
             loaded = dict(_tensors_of(loaded))
@@ -73,10 +75,13 @@ def read_module_tensors(path):
     return _as_state_dict(path, loaded)
 
 
-def _load(path, classes=()):
+def load(path, classes=()):
+    """What torch.save wrote, of tensors, numbers, texts and containers alone, and stand-ins of the classes. Raises UserError
+    for a file that holds anything else or is damaged."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
+        _check_records(path)
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the parser trips over, the file is at fault
@@ -87,9 +92,29 @@ def _load(path, classes=()):
             except Exception as legacy_error:
                 error = legacy_error
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = (f"it names {refused[1]}, and code from a file is never run" if refused
+        said = re.search(r"WeightsUnpickler error: (.*)", str(error))  # below pages on the ways to run the file's code
+        reason = (f"it names {refused[1]}, and code from a file is never run" if refused else said[1] if said
                   else str(error).splitlines()[0][:160] if str(error) else type(error).__name__)
         raise UserError(f"{path}: not a readable weights file, a PyTorch state dict is needed ({reason})") from error
+
+
+def _check_records(path):
+    """Compare the checksums of a zip file's records, which PyTorch does not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as records:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
+                raise ValueError("its records are compressed, which PyTorch does not do")
+            damaged = records.testzip()
+        if damaged:
+            raise ValueError(f"its record {damaged} is damaged")
+
+
+def save(path, value):
+    """torch.save, to a file that appears whole or not at all. Raises UserError where it cannot be written."""
+    buffer = io.BytesIO()  # PyTorch would hide why a file cannot be written
+    torch.save(value, buffer)
+    with whole_file(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def _is_legacy(path):
@@ -117,11 +142,10 @@ def _tensors_of(module, prefix=""):
 
 def save_weights(path, state_dict, about):
     """Write a state dict and, beside it under the same name, a JSON file that says what it is."""
-    with whole_file(path, "wb") as file:
-        torch.save(state_dict, file)
     with whole_file(Path(path).with_suffix(".json")) as file:
         json.dump(about, file, indent=2)
         file.write("\n")
+    save(path, state_dict)  # last: weights that are there have their JSON
 
 
 def read_about(path):
@@ -131,7 +155,7 @@ def read_about(path):
         return {}
     try:
         about = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); mend it or remove it") from error
     if not isinstance(about, dict):
         raise UserError(f"{path}: not a JSON object; mend it or remove it")

@@ -63,6 +63,15 @@ def run_here(script, *arguments):
     return output.getvalue()
 
 
+def fails_here(script, *arguments):
+    """Run a script within this process that must fail; returns its exit status and the line on stderr, which must be one."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stopped:
+        run_here(script, *arguments)
+    [line] = errors.getvalue().splitlines()
+    return stopped.value.code, line
+
+
 def run_module_here(module, *arguments):
     """Run a module's main within this process as `python -m` would; returns its exit status, stdout and stderr."""
     output, errors = io.StringIO(), io.StringIO()

@@ -2,6 +2,8 @@
 import argparse
 import contextlib
 import ctypes
+import glob
+import itertools
 import logging
 import os
 import re
@@ -10,9 +12,12 @@ import time
 from types import SimpleNamespace
 
 from models import APR_NAMES
+from util import processes, resume, signals
 from util.config import load_config
 from util.errors import UserError
-from util.files import same_file
+from util.files import lock, remove_parts, same_file
+
+_training = None  # the run that this process trains in, to say how to go on with it
 
 
 def parser(description, models, modes=("train", "test")):
@@ -44,39 +49,68 @@ def parser(description, models, modes=("train", "test")):
     arguments.add_argument("--cache_dir", metavar="DIR",
                            help="keep decoded frames in a file of this folder, for this run and later ones (default: in "
                                 "memory while training)")
+    arguments.add_argument("--resume", metavar="RUN",
+                           help="go on with a training from its last whole epoch: the stamp in its files' names, or 'latest' of "
+                                "--output_dir; all else as it was given (default: a new training)")
     arguments.add_argument("--predictions_path", metavar="FILE.csv",
                            help="in testing: where to write the predicted poses with their errors (default: nowhere)")
     return arguments
 
 
 def run(script):
-    """Call a script's main: a UserError becomes one line on stderr and in the log, and exit status 2."""
+    """Call a script's main. A UserError becomes one line on stderr and in the log, and exit status 2; SIGINT and SIGTERM one
+    line that says how to go on, and 130 or 143."""
+    global _training
+    _training = None
     try:
-        script()
+        # Processes but the first have nothing to tidy up or say.
+        with signals.raised() if processes.rank() == 0 else contextlib.nullcontext():
+            try:
+                script()
+            except RuntimeError as error:
+                if not (processes.under_torchrun() and re.search("Connection (closed|reset) by peer", str(error))):
+                    raise
+                time.sleep(2)  # torchrun ends the others by a signal, which says more
+                raise UserError(f"process {processes.rank()} of this run: another one has ended; see what it said") from error
     except UserError as error:
-        if logging.getLogger().handlers:
-            logging.error(error)
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         sys.exit(2)
+    except signals.Stopped as stopped:
+        if processes.rank() == 0:
+            _say(f"{stopped}" + (f"; {resume.advice(_training)}" if _training else ""))
+        sys.exit(stopped.status)
+
+
+def _say(text):
+    if logging.getLogger().handlers:
+        with contextlib.suppress(UserError):  # the log cannot be written
+            logging.error(text.removeprefix("error: "))
+    print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr)
 
 
 def start(args, suffix="", sections=()):
-    """Begin a run: its log, configuration, seeds and device.
+    """Begin a run, or with --resume go on with one: its log, configuration, seeds, device and processes.
 
     suffix: behind the run's stamp in the names of weights, such as '_pose_encoder'.
     sections: the config sections that this script reads besides the model's.
 
-    Returns a namespace: args, config, device, seed, and prefix (of the run's files: DIR/run_<stamp><suffix>).
+    Returns a namespace: args, config, settings (of resume.settings_of), resumed (the state to go on from, or None), device,
+    seed, and prefix (of the run's files: DIR/run_<stamp><suffix>).
     """
-    prefix = _start_log(args.output_dir)
+    global _training
+    if args.resume and args.mode != "train":
+        raise UserError("--resume is for training; leave it out otherwise")
+    if args.predictions_path:
+        _check_predictions_path(args)
+    prefix = _start_log(args, suffix) if processes.rank() == 0 else None
+    if processes.rank() > 0:
+        logging.basicConfig(handlers=[logging.NullHandler()], force=True)
     logging.info("Start %s with %s", args.model_name, args.mode)
     logging.info("Command: %s", " ".join(sys.argv))
     if args.experiment is not None:
         logging.info("Experiment details: %s", args.experiment)
     logging.info("Using dataset: %s", args.dataset_path)
     logging.info("Using labels file: %s", args.labels_file)
-    if args.predictions_path:
-        _check_predictions_path(args)
     config = load_config(args.config_file, args.model_name, sections, args.preset, args.set)
     logging.info("Running with configuration:\n%s", "\n".join(f"\t{key}: {value}" for key, value in config.items()))
 
@@ -88,7 +122,19 @@ def start(args, suffix="", sections=()):
         keep_freed_memory()
     else:
         torch.cuda.set_device(device)
-    return SimpleNamespace(args=args, config=config, device=device, seed=args.seed, prefix=prefix + suffix)
+    processes.join(device)
+    prefix = processes.of_first(prefix)
+    started = SimpleNamespace(args=args, config=config, settings=resume.settings_of(args, config), resumed=None, device=device,
+                              seed=args.seed, prefix=prefix + suffix)
+    if args.mode == "train":
+        _training = started
+    if args.resume:
+        if processes.rank() == 0:
+            started.resumed = resume.read(started.prefix)
+            resume.check_settings(started.resumed, started.settings, {override.partition("=")[0] for override in args.set})
+            logging.info("Going on after epoch %d", started.resumed["epoch"])
+        started.resumed = processes.of_first(started.resumed)
+    return started
 
 
 def about(run, model, scene_names):
@@ -126,28 +172,78 @@ def _check_predictions_path(args):
             raise UserError(f"--predictions_path {path}: is the label file {labels_file}, which must stay; name another")
 
 
-def _start_log(output_dir):
-    """Log to the screen and to DIR/run_<stamp>.log, a new file for every run; returns its path without '.log'."""
-    stamp = time.strftime("%d_%m_%y_%H_%M")
+def _start_log(args, suffix):
+    """Log to the screen and to DIR/run_<stamp>.log, a new file for every run but one that goes on; returns its path without
+    '.log'."""
     try:
-        os.makedirs(output_dir, exist_ok=True)
-        n = 1
-        while True:
-            prefix = os.path.join(output_dir, f"run_{stamp}" + (f"_{n}" if n > 1 else ""))
-            try:
-                log = open(f"{prefix}.log", "x")
-                break
-            except FileExistsError:
-                n += 1
+        os.makedirs(args.output_dir, exist_ok=True)
+        if args.resume:
+            prefix = resume.find(args.output_dir, args.resume, suffix)
+            log = os.open(f"{prefix}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            if not lock(log):
+                raise UserError(f"--resume {args.resume}: {prefix}.log is being written: this training is running")
+            remove_parts(f"{glob.escape(prefix)}_[a-z]*.part")
+        else:
+            remove_parts(f"{glob.escape(args.output_dir)}/run_*.part", older_than=60)
+            prefix, log = _new_log(os.path.join(args.output_dir, time.strftime("run_%d_%m_%y_%H_%M")))
+            lock(log)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from error
-    to_file, to_screen = logging.StreamHandler(log), logging.StreamHandler(sys.stdout)
+        raise UserError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror}") from error
+    to_file, to_screen = _LogFile(f"{prefix}.log", log), _Screen(sys.stdout)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen.addFilter(lambda record: record.levelno < logging.ERROR)  # errors go to stderr, see run()
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_screen], format="%(message)s", force=True)
     logging.captureWarnings(True)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     return prefix
+
+
+def _new_log(path):
+    for n in itertools.count(1):
+        prefix = path + (f"_{n}" if n > 1 else "")
+        with contextlib.suppress(FileExistsError):
+            return prefix, os.open(f"{prefix}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+class _LogFile(logging.Handler):
+    """Writes records to an open file's descriptor, at once. A disk that is full ends the run."""
+
+    def __init__(self, path, descriptor):
+        super().__init__()
+        self.path, self.descriptor = path, descriptor
+
+    def emit(self, record):
+        try:
+            os.write(self.descriptor, (self.format(record) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+        super().close()
+
+
+class _Screen(logging.StreamHandler):
+    """Writes records to the screen, above progress bars, as long as there is one: a run outlives its terminal, or the
+    `| head` behind it."""
+
+    def emit(self, record):
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], OSError):
+            return super().handleError(record)
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError, ValueError):  # what is left in its buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def keep_freed_memory():
@@ -160,11 +256,17 @@ def keep_freed_memory():
 
 
 def device_of(asked, preferred="cuda:0"):
-    """The device that --device asks for; 'auto' takes the preferred one where it is. Raises UserError for one that is not."""
+    """The device that --device asks for; 'auto' takes the preferred one where it is, and of several processes each a GPU of
+    its own. Raises UserError for one that is not there."""
     import torch
 
     n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = ["cpu", *["cuda"] * (n_cuda > 0), *(f"cuda:{i}" for i in range(n_cuda))]
+    if processes.under_torchrun() and asked != "cpu" and n_cuda:
+        if asked not in ("auto", "cuda") or processes.n_here() > n_cuda:
+            raise UserError(f"--device {asked} with {processes.n_here()} processes on this machine: each takes a GPU of its own, "
+                            f"and there are {n_cuda}; start at most so many and leave --device out")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if asked == "auto":
         asked = preferred if preferred in here else "cuda" if n_cuda else "cpu"
         if asked != preferred:

@@ -78,7 +78,7 @@ def load_config(path, model_name, sections_after=(), preset=None, overrides=()):
     try:
         with open(path) as file:
             sections = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable JSON config: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(sections, dict):
         raise UserError(f"{path}: not a JSON object with the sections 'general' and '{model_name}'")
@@ -146,7 +146,7 @@ def _parse(override):
         raise UserError(f"--set {override}: unknown key '{key}'" + (f"; did you mean {close[0]}?" if close else ""))
     try:
         value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = text
     if not KEYS[key][1](value) and KEYS[key][1](text):
         value = text  # a name that looks like a number or a word of JSON, such as pae_input=true

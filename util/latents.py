@@ -4,10 +4,11 @@ import logging
 import time
 
 import torch
-from tqdm import tqdm
 
 from datasets.camera_poses import epoch_order, test_batches, test_transform, train_transform
-from util.engine import TEST_BATCH_SIZE, synchronize, to_device
+from util import processes
+from util.engine import TEST_BATCH_SIZE, concatenate, synchronize, to_device
+from util.progress import progress
 
 
 def freeze(*modules):
@@ -56,20 +57,24 @@ def compute_latents(run, apr, dataset):
     over the views that the dataset's transform makes in epochs 0 to K-1.
 
     run: of cli.start. Returns tensors on the device, K N rows in the dataset's order, view after view: 'latent_x',
-    'latent_q', 'estimate' (the APR's raw pose), 'pose' (the truth) and, of multi-scene models, 'scene' (the APR's).
+    'latent_q', 'estimate' (the APR's raw pose), 'pose' (the truth), 'row' (the label file's) and, of multi-scene models,
+    'scene' (the APR's). Several processes share the frames; the first one returns, the others end.
     """
     config = run.config
     if run.args.cache_dir or n_views(config) > 1:
         dataset.cache_frames(run.args.cache_dir, config.get("cache_memory_gb"))
-    results, begin = [], time.perf_counter()
+    views, begin = [], time.perf_counter()
     for view in range(n_views(config)):
+        results = []
         batches = test_batches(dataset, config.get("test_batch_size", TEST_BATCH_SIZE), config["n_workers"], epoch=view)
-        for batch in tqdm(batches, desc="latents", unit="batch", disable=None):
+        for batch in progress(batches, desc="latents", unit="batch"):
             batch = to_device(batch, run.device)
             result = infer(apr, batch["img"])
-            results.append({"estimate": result["pose"], "pose": batch["pose"],
+            results.append({"estimate": result["pose"], "pose": batch["pose"], "row": batch["row"],
                             **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}})
-    latents = {key: torch.cat([result[key] for result in results]) for key in results[0]}
+        views.append(processes.merge(concatenate(results)))
+    processes.first_alone()
+    latents = {key: value.to(run.device) for key, value in concatenate(views).items()}
     synchronize(run.device)
     seconds, n = time.perf_counter() - begin, len(latents["pose"])
     logging.info("Latents: %d in %.1f s (%.1f frames/s)", n, seconds, n / seconds)

@@ -1,0 +1,243 @@
+"""Damaged input files: whatever they hold, a script finishes or ends in one clear line with exit status 2, changes no input and
+runs nothing of what is in them."""
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import runpy
+import shutil
+import signal
+import sys
+import traceback
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 120  # a run that takes longer hangs
+MARK = "code-ran"
+
+
+class _MarksItsRun:
+    def __reduce__(self):
+        return os.mkdir, (MARK,)
+
+
+class _Hangs(BaseException):
+    pass
+
+
+def run_all(folder, n, seed, n_processes=2):
+    """Damage n files, in turn of every kind, and run a script on each. Returns {kind: {what happened: how often}}; raises
+    AssertionError with the failures."""
+    cases = [(sorted(KINDS)[i % len(KINDS)], seed * 1000000 + i) for i in range(n)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_processes, context, _begin, (str(folder),)) as pool:
+        results = list(tqdm(pool.map(_run_case, cases), total=n, disable=None, unit="case"))
+    failures = [result for result in results if result[2] not in ("finished", "a clear line")]
+    assert not failures, "\n\n".join(f"{kind} (case {case}, {damage}): {text}" for kind, case, text, damage in failures)
+    table = {kind: Counter(result[2] for result in results if result[0] == kind) for kind in sorted(KINDS)}
+    return {"seed": seed, "cases": n, **{kind: dict(sorted(counts.items())) for kind, counts in table.items()}}
+
+
+def _begin(folder):
+    """Make a folder of good files for this process and go there."""
+    from models import get_model
+    from models.checkpoints import save_weights
+    from models.pose_encoder import PoseEncoder
+    from models.pose_refiner import PoseRefiner
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    home = Path(folder) / f"process-{os.getpid()}"
+    home.mkdir(parents=True)
+    os.chdir(home)
+    rng = random.Random(0)
+    lines = ["scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4"]
+    from PIL import Image
+
+    for i in range(4):
+        name = f"attic/seq-01/frame-{i:06d}.color.{'png' if i < 3 else 'jpg'}"
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.frombytes("RGB", (64, 48), rng.randbytes(64 * 48 * 3)).resize((320, 240)).save(name)
+        lines.append(f"attic,train,seq-01,{name}," + ",".join(f"{rng.uniform(0.1, 1):.7f}" for _ in range(7)))
+    Path("labels.csv").write_text("\n".join(lines) + "\n")
+    model = {"hidden_dim": 16, "num_scenes": 1, "dim_feedforward": 8, "nhead": 2, "backbone_type": "mobilenet",
+             **{f"num_{branch}_{part}_layers": 1 for branch in ("t", "rot") for part in ("encoder", "decoder")}}
+    section = {**model, "batch_size": 2, "learnable": True, "s_x": 0, "s_q": 0, "norm": 2, "lr": 1e-3, "weight_decay": 0,
+               "eps": 1e-8, "lr_scheduler_step_size": 1, "lr_scheduler_gamma": 0.5, "n_epochs": 3}
+    Path("config.json").write_text(json.dumps({
+        "general": {"n_freq_print": 1, "n_freq_checkpoint": 10, "n_workers": 0}, "presets": {},
+        **{name: section for name in ("posenet", "ems-transposenet")}}))
+    apr = get_model("posenet", "none", model)
+    torch.save(apr.state_dict(), "posenet.pth")
+    torch.save(apr.backbone.state_dict(), "backbone.pth")
+    save_weights("ems-transposenet.pth", get_model("ems-transposenet", "none", model).state_dict(), {"scene_names": ["attic"]})
+    torch.save(PoseEncoder(16).state_dict(), "pae.pth")
+    torch.save(PoseRefiner(16).state_dict(), "refiner.pth")
+    _run(_test("--cache_dir", "cache"))
+    # The states after the first two epochs of a training, as if it had been killed then.
+    from util import resume
+    write, remove = resume.write, resume.remove
+    resume.write = lambda prefix, state: write(prefix, state) if state["epoch"] < 3 else None
+    resume.remove = lambda prefix: None
+    _run(_train())
+    _run(_train("--resume", "latest"))  # short epochs are not all saved; the first after going on is
+    resume.write, resume.remove = write, remove
+    for path in Path("out").glob("*_final*"):
+        path.unlink()
+
+
+def _test(*more, labels="labels.csv", config="config.json", model="posenet", script="main.py", weights=None):
+    weights = weights or ["--checkpoint_path", f"{model}.pth"]
+    return [script, model, "test", "none", ".", labels, config, *weights, *more]
+
+
+def _train(*more, backbone="none"):
+    return ["main.py", "posenet", "train", backbone, ".", "labels.csv", "config.json", *more]
+
+
+def _state(newest):
+    states = sorted(Path("out").glob("*_resume-*.pth"), key=lambda path: int(path.stem.rsplit("-", 1)[1]))
+    return str(states[-1 if newest else 0])
+
+
+# The kind of a file: (its path, the command that reads it).
+KINDS = {
+    "APR": (lambda: "posenet.pth", _test()),
+    "backbone": (lambda: "backbone.pth", _train("--set", "n_epochs=1", backbone="backbone.pth")),
+    "PAE": (lambda: "pae.pth", _test(script="main_learn_pose_encoding.py", weights=["posenet.pth", "--encoder_checkpoint_path", "pae.pth"])),
+    "refiner": (lambda: "refiner.pth", _test(script="main_refine_apr.py", weights=["posenet.pth", "pae.pth", "--rpr_checkpoint_path", "refiner.pth"])),
+    "JSON beside weights": (lambda: "ems-transposenet.json", _test(model="ems-transposenet")),
+    "labels": (lambda: "labels.csv", _test()),
+    "config": (lambda: "config.json", _train("--set", "n_epochs=1")),
+    "PNG image": (lambda: "attic/seq-01/frame-000001.color.png", _test()),
+    "JPEG image": (lambda: "attic/seq-01/frame-000003.color.jpg", _train("--set", "n_epochs=1")),
+    "cached frames": (lambda: str(next(Path("cache").iterdir())), _test("--cache_dir", "cache")),
+    "newest state": (lambda: _state(True), _train("--resume", "latest")),
+    "both states": (lambda: _state(True), _train("--resume", "latest")),
+}
+
+
+def _run_case(case):
+    kind, number = case
+    rng = random.Random(number)
+    path, command = KINDS[kind]
+    path = Path(path())
+    kept = {file: file.read_bytes() for file in _inputs() if file.suffix != ".log"}
+    name, data = _damage(rng, path, kept)
+    path.write_bytes(data)
+    if kind == "both states":
+        other = Path(_state(False))
+        other.write_bytes(_damage(rng, other, kept)[1])
+    before = {file: zlib.crc32(file.read_bytes()) for file in _inputs()}
+    try:
+        outcome = _run(command)
+        after = {file: zlib.crc32(file.read_bytes()) if file.exists() else None for file in before}
+        # What a run may do: finish a training, and mend a cache of its own.
+        if any(before[file] != after[file] for file in before if file.parts[0] not in ("out", "cache")):
+            outcome = "an input has changed"
+        if os.path.exists(MARK):
+            outcome = "code ran"
+    finally:
+        shutil.rmtree(MARK, ignore_errors=True)
+        for file in _inputs():
+            if file not in kept:
+                file.unlink()
+        for file, content in kept.items():
+            file.write_bytes(content)
+    return kind, number, outcome, name
+
+
+def _inputs():
+    return [path for path in Path(".").rglob("*") if path.is_file()]
+
+
+def _damage(rng, path, files):
+    """A way to damage a file, drawn, and what is left of it."""
+    data = bytearray(files[path])
+    ways = ["truncated", "a bit flipped", "bits flipped", "emptied", "noise", "a block of zeros", "a block lost", "swapped", "hostile"]
+    way = rng.choice(ways)
+    at = rng.randrange(len(data))
+    if way == "truncated":
+        data = data[:at]
+    elif way in ("a bit flipped", "bits flipped"):
+        for _ in range(1 if way == "a bit flipped" else rng.randrange(2, 50)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif way == "emptied":
+        data = b""
+    elif way == "noise":
+        data = rng.randbytes(rng.randrange(1, 5000))
+    elif way == "a block of zeros":
+        end = min(at + rng.randrange(1, 5000), len(data))
+        data[at:end] = bytes(end - at)
+    elif way == "a block lost":
+        del data[at:at + rng.randrange(1, 5000)]
+    elif way == "swapped":
+        data = files[rng.choice([other for other in sorted(files) if other != path])]
+    elif "_resume-" in path.name and rng.random() < 0.7:
+        state = torch.load(io.BytesIO(data))
+        part = rng.choice(sorted(state))
+        junk = [None, -1, 3, "x", "[]", "[" * 100000, [], [1], {}, {0: 1}, {0: {}}, {0: {"step": torch.ones(())}}, torch.zeros(2, 1), torch.ones(3)]
+        state[part] = rng.choice(junk)
+        if rng.random() < 0.3 and isinstance(state["optimizer"], dict) and state["optimizer"]:
+            state["optimizer"][0] = rng.choice(junk)
+        way, data = f"a state with another {part}", io.BytesIO()
+        torch.save(state, data)
+        data = data.getvalue()
+    else:
+        data = rng.choice(_hostile())
+    return way, bytes(data)
+
+
+def _hostile():
+    """Files that would run code, or exhaust a careless parser."""
+    def saved(value, zipped):
+        buffer = io.BytesIO()
+        torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
+        return buffer.getvalue()
+
+    mark = _MarksItsRun()
+    state = {"epoch": 2, "weights": mark, "settings": "{}"}
+    return [saved({"x_reg.weight": mark}, True), saved({"x_reg.weight": mark}, False), pickle.dumps(mark), pickle.dumps({"a": mark}, 0),
+            saved(state, True), saved(mark, False), saved({"epoch": 2}, True), saved({"x_reg.weight": torch.full((3, 16), torch.nan)}, True),
+            b"[" * 100000, b'{"a":' * 100000, b'{"general": {"n_epochs": 1e999, "batch_size": ' + b"9" * 5000 + b"}}",
+            b'{"scene_names": [null, 3]}', b"null", b"\xff\xfe\x00", b"scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + b'"' * 200000,
+            b"scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\nattic,train,s,../../etc/passwd,1,1,1,1,0,0,0\n",
+            b"scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\nattic,train,s,/etc/passwd,1,1,1,1,0,0,0\n",
+            b"scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\nattic,train,s,attic/seq-01/frame-000000.color.png,1,1,1,1e-320,0,0,0\n",
+            b"scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\nattic,train,s,attic\0,1,1,1,1,0,0,0\n"]
+
+
+def _run(command):
+    """Run a script within this process; returns what happened."""
+    def hang(signum, frame):
+        raise _Hangs
+
+    output, errors, argv = io.StringIO(), io.StringIO(), sys.argv
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    sys.argv = list(command)
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        return "finished"
+    except SystemExit as end:
+        *others, last = errors.getvalue().splitlines() or [""]
+        if end.code == 2 and last.startswith(f"{command[0]}: error: ") and not others:
+            return "a clear line"
+        return f"exit status {end.code}: {errors.getvalue()}"
+    except _Hangs:
+        return "hangs"
+    except BaseException:
+        return traceback.format_exc()
+    finally:
+        signal.alarm(0)
+        sys.argv = argv

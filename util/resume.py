@@ -1,0 +1,151 @@
+"""The state of a training, from which it goes on after an end of any kind: written after whole epochs, the last two kept."""
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from contextlib import suppress
+
+from util import processes
+from util.config import KEYS
+from util.errors import UserError
+
+LATEST = "latest"
+_STAMP = r"\d\d(?:_\d\d){4}(?:_\d+)?"
+# What may differ in a run that goes on: nothing of it changes the result.
+_FREE = ("n_freq_print", "n_freq_checkpoint", "n_workers", "device_id", "test_batch_size", "cache_memory_gb")
+# What a state holds.
+_TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int,
+          "tracked": list, "random": dict, "settings": str, "history": object}
+KEPT = 2
+
+
+def find(output_dir, name, suffix):
+    """The prefix of the run that --resume names: DIR/run_<stamp>. name: a stamp, or 'latest', the run of this script
+    (whose files have the suffix) that wrote a state last. Raises UserError where there is none to go on with."""
+    stamp = re.fullmatch(f"(?:run_)?({_STAMP})", name)
+    if stamp:
+        prefix = os.path.join(output_dir, f"run_{stamp[1]}")
+        if _states(prefix + suffix):
+            return prefix
+        if os.path.exists(f"{prefix}{suffix}_final.pth"):
+            raise UserError(f"--resume {name}: this training is finished, its weights are {prefix}{suffix}_final.pth")
+        raise UserError(f"--resume {name}: {output_dir} has no training of that stamp by this script with a whole epoch; "
+                        "start it again without --resume")
+    if name != LATEST:
+        raise UserError(f"--resume {name}: neither 'latest' nor a stamp such as 24_12_31_23_59, as in a run's run_<stamp>.log")
+    states = [path for path in glob.glob(os.path.join(glob.escape(output_dir), "run_*_resume-*.pth"))
+              if re.fullmatch(rf"run_{_STAMP}{suffix}_resume-\d+\.pth", os.path.basename(path))]
+    if not states:
+        raise UserError(f"--resume latest: {output_dir} has no unfinished training by this script with a whole epoch; start "
+                        "it without --resume")
+    latest = max(states, key=os.path.getmtime)
+    return os.path.join(output_dir, re.match(f"run_{_STAMP}", os.path.basename(latest))[0])
+
+
+def settings_of(args, config):
+    """What determines a training's result, as JSON: the config and the seed, and digests of the files it learns from."""
+    files = {name: _digest(getattr(args, name)) for name in ("labels_file", "apr_checkpoint_path") if hasattr(args, name)}
+    return json.dumps({"model": args.model_name, "seed": args.seed, "config": config, "files": files})
+
+
+def read(prefix):
+    """The newest state that is whole. Raises UserError where none is. Every state of the run is read in full, and its
+    checksums are compared."""
+    problems = []
+    for epoch, path in _states(prefix):
+        try:
+            return _read(path, epoch)
+        except UserError as error:
+            problems.append(str(error))
+            logging.warning("%s; going on from the state before it, if there is one", error)
+    raise UserError(f"{problems[0]}; no other state of this training is whole: start it again, or from one of its checkpoints "
+                    "with --checkpoint_path")
+
+
+def check_settings(state, settings, given):
+    """Raise UserError where what determines the result differs from what it was. given: config keys that --set names now,
+    which may."""
+    before, now = json.loads(state["settings"]), json.loads(settings)
+    for name, path_digest in now["files"].items():
+        if before["files"].get(name) != path_digest:
+            raise UserError(f"--resume: the content of the {name.replace('_', ' ')} is not what it was when this training began; "
+                            "give the file as it was, or start a new training")
+    for key in ("model", "seed"):
+        if before.get(key) != now[key]:
+            raise UserError(f"--resume: the {key} was {before.get(key)} and is {now[key]} now; give it as it was")
+    changed = [key for key in KEYS if key not in _FREE and key not in given
+               and before["config"].get(key) != now["config"].get(key)]
+    if changed:
+        def value(config, key):
+            return json.dumps(config[key]) if key in config else "not given"
+
+        listed = ", ".join(f"{key} was {value(before['config'], key)} and is {value(now['config'], key)} now" for key in changed)
+        raise UserError(f"--resume: {listed}; give the settings as they were, or name each with --set to change it")
+
+
+def write(prefix, state):
+    """Write a state, of so many epochs as state['epoch'] says, and remove those that are too old."""
+    from models.checkpoints import save
+
+    save(_path(prefix, state["epoch"]), state)
+    for _, path in _states(prefix)[KEPT:]:
+        with suppress(OSError):
+            os.remove(path)
+
+
+def remove(prefix):
+    """Remove a finished training's states."""
+    for _, path in _states(prefix):
+        with suppress(OSError):
+            os.remove(path)
+
+
+def advice(run):
+    """How to go on with a training that has ended early: a sentence."""
+    states = _states(run.prefix)
+    if not states:
+        return "no whole epoch is saved: start it again"
+    command, words = ["python"], sys.argv[1:]
+    if processes.under_torchrun():
+        command = ["torchrun", f"--nproc_per_node={processes.n_here()}"]
+    for i in [i for i, word in enumerate(words) if word.split("=")[0] == "--resume"]:
+        del words[i:i + (1 if "=" in words[i] else 2)]
+    stamp = re.search(f"run_({_STAMP})", os.path.basename(run.prefix))[1]
+    return f"it is saved up to epoch {states[0][0]}; go on with: {shlex.join([*command, sys.argv[0], *words, '--resume', stamp])}"
+
+
+def _path(prefix, epoch):
+    return f"{prefix}_resume-{epoch}.pth"
+
+
+def _states(prefix):
+    """(epochs, path) of a run's states, newest first."""
+    matches = [(re.fullmatch(r".*_resume-(\d+)\.pth", path), path) for path in glob.glob(glob.escape(prefix) + "_resume-*.pth")]
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _read(path, epoch):
+    from models.checkpoints import load
+
+    state = load(path)
+    if not (isinstance(state, dict) and set(state) == set(_TYPES)
+            and all(isinstance(state[key], kind) for key, kind in _TYPES.items()) and state["epoch"] == epoch):
+        raise UserError(f"{path}: not the state of a training after {epoch} epochs")
+    try:
+        settings = json.loads(state["settings"])
+        settings["config"].keys(), settings["files"].keys()
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its settings are damaged") from error
+    return state
+
+
+def _digest(path):
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # told apart where the file is read
+        return None
