@@ -1,5 +1,4 @@
 """Trainings that end early go on as if nothing had been; what is damaged, changed or in use is named."""
-import glob
 import os
 import re
 import resource
@@ -7,11 +6,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fails_here, run_here, run_well, weights_of, write_labels, write_scene
+from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write_scene
 
 from bench import survival
 from util import engine, resume

@@ -1,0 +1,123 @@
+"""Several processes train as one does, and test every frame once."""
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, run_here, run_well, weights_of, write_labels, write_scene
+from torch import nn
+
+from datasets.camera_poses import CameraPoseDataset, train_batches
+from datasets.camera_poses import test_batches as batches_of_test
+from models.posenet import PoseNet
+from util import processes, resume
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+SETTINGS = ["--set", "backbone_type=efficientnet", "hidden_dim=16", "batch_size=8", "n_workers=0", "n_epochs=100", "precision=fp32",
+            "no_augment=true", "lr=1e-4", "learnable=false", "s_x=1", "s_q=1", "average_last=0"]
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    write_labels(root / "train.csv", write_scene(root, "attic", 15, "train"))
+    write_labels(root / "test.csv", write_scene(root, "attic", 5, "test"))
+    return root
+
+
+def arguments(layout, mode, out, *more, labels="train.csv"):
+    return ["posenet", mode, "none", layout, layout / labels, ROOT / "config.json", *more, "--output_dir", layout / out, *SETTINGS]
+
+
+def test_two_processes_take_the_steps_of_one_and_one_goes_on(layout, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(PoseNet, "train", lambda self, mode=True: nn.Module.train(self, False))  # as in tests/steady.py
+        patch.setattr(resume, "remove", lambda prefix: None)
+        run_here("main.py", *arguments(layout, "train", "one"), "n_epochs=5")
+    one = torch.load(layout / "one" / states(layout / "one")[5])
+    two = state_when_killed(layout / "two", 5, *TORCHRUN, ROOT / "tests/steady.py", ROOT / "main.py", *arguments(layout, "train", "two"))
+    (samples, losses), (samples_two, losses_two) = (state["history"][:, :10] for state in (one, two))
+    assert samples.tolist() == samples_two.tolist() == [8, 15, 23, 30, 38, 45, 53, 60, 68, 75]  # batches of 8 and 7 frames
+    assert torch.allclose(losses, losses_two, rtol=0, atol=1e-5) and len(set(losses.tolist())) == 10
+    assert two["optimizer"].keys() == one["optimizer"].keys()
+
+    saved = max(states(layout / "two"))
+    output = run_here("main.py", *arguments(layout, "train", "two", "--resume", "latest"), f"n_epochs={saved + 1}")
+    assert f"Going on after epoch {saved}" in output and f"/Epoch-{saved + 1}]" in output and weights_of(output).is_file()
+
+
+def states(folder):
+    return {int(re.search(r"-(\d+)\.pth", path.name)[1]): path.name for path in folder.glob("*_resume-*.pth")}
+
+
+def state_when_killed(folder, epoch, *command):
+    """Run a training until it has saved an epoch, kill it and all that it started, and return the state."""
+    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while max(states(folder), default=0) < epoch:
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            time.sleep(0.01)
+    finally:
+        for listed in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's processes outlive it
+            with contextlib.suppress(OSError):
+                if str(folder).encode() in listed.read_bytes():
+                    os.kill(int(listed.parent.name), signal.SIGKILL)
+        process.communicate()
+    found = states(folder)
+    return torch.load(folder / found[max(found)])
+
+
+def test_two_processes_test_every_frame_once_and_teach_the_same_pae(layout):
+    apr = weights_of(run_here("main.py", *arguments(layout, "train", "apr"), "n_epochs=1"))
+    tables = []
+    for run, script in ((run_here, ["main.py"]), (run_well, [*TORCHRUN, ROOT / "main.py"])):
+        predictions = layout / f"{run.__name__}.csv"
+        output = run(*script, *arguments(layout, "test", "tested", "--checkpoint_path", apr, "--predictions_path", predictions,
+                                         "--cache_dir", layout / run.__name__, labels="test.csv"))
+        assert len(re.findall("^Median pose error: ", output, flags=re.MULTILINE)) == 1
+        assert len(re.findall("^Pose error: ", output, flags=re.MULTILINE)) == 5
+        tables.append(pd.read_csv(predictions))
+    assert tables[0]["img_path"].equals(tables[1]["img_path"])
+    assert np.allclose(tables[0].loc[:, "t1":], tables[1].loc[:, "t1":], atol=1e-4)
+    paes = [torch.load(weights_of(run(*script, *arguments(layout, "train", "pae", apr), "n_epochs=3")))
+            for run, script in ((run_here, ["main_learn_pose_encoding.py"]), (run_well, [*TORCHRUN, ROOT / "main_learn_pose_encoding.py"]))]
+    assert all(torch.allclose(value, paes[1][key], atol=1e-5) for key, value in paes[0].items())
+
+
+@pytest.mark.parametrize("n_processes, batch_size", [(2, 4), (3, 5), (3, 3)])
+def test_shards_make_up_the_batches_of_one_process(layout, monkeypatch, n_processes, batch_size):
+    rows = (layout / "train.csv").read_text().splitlines()[:9]
+    (layout / "two.csv").write_text("\n".join([*rows, *(row.replace("attic,", "cellar,", 1) for row in rows[1:4])]) + "\n")
+    dataset = CameraPoseDataset(layout, layout / "two.csv", equalize_scenes=True)
+    assert len(dataset) == 16  # eight of each scene
+
+    def epoch(rank, count, number):
+        monkeypatch.setattr(processes, "rank", lambda: rank)
+        monkeypatch.setattr(processes, "count", lambda: count)
+        return [batch["row"].tolist() for batch in train_batches(dataset, batch_size, 0, seed=3)(number)]
+
+    for number in (0, 1):
+        whole = epoch(0, 1, number)
+        shards = [epoch(rank, n_processes, number) for rank in range(n_processes)]
+        assert len({len(shard) for shard in shards}) == 1
+        for batch, *parts in zip(whole, *shards, strict=True):
+            together = [row for part in parts for row in part]
+            if len(batch) >= n_processes:
+                assert sorted(together) == sorted(batch)
+            else:  # one frame for each process
+                assert set(together) == set(batch) and len(together) == n_processes
+    assert epoch(0, n_processes, 0) != epoch(0, n_processes, 1)
+    tested = []
+    for rank in range(n_processes):
+        monkeypatch.setattr(processes, "rank", lambda: rank)
+        tested += [row for batch in batches_of_test(dataset, 2, 0) for row in batch["row"].tolist()]
+    assert len(tested) == len(dataset)
