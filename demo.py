@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 
+from util import cli
+
 POSENET = ["--preset", "7Scenes", "--set", "backbone_type=mobilenet"]
 MS_TRANSFORMER = ["--set", "num_scenes=2", "hidden_dim=64", "nhead=4", "dim_feedforward=128", "num_t_encoder_layers=2",
                   "num_t_decoder_layers=1", "num_rot_encoder_layers=2", "num_rot_decoder_layers=1",
@@ -112,4 +114,4 @@ def show(out, training_labels, test_labels):
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,11 +1,14 @@
 """Every command of the three markdown files runs, on small layouts and for one epoch."""
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-from conftest import ROOT, run_well, weights_of, write_labels, write_scene
+import torch
+from conftest import ROOT, run_here, weights_of, write_labels, write_scene
 
 SCENES = {
     "7Scenes": ("abs_7scenes_pose.csv", ["chess", "fire", "heads", "office", "pumpkin", "redkitchen", "stairs"]),
@@ -54,8 +57,7 @@ def run_chain(layouts, chain):
             command.append("--set")
         at = command.index("--set") + 1
         command[at:at] = ["n_epochs=1", "n_workers=0"]
-        output = run_well(ROOT / command[0], *(ROOT / part if part == "config.json" else part for part in command[1:]),
-                          cwd=layouts)
+        output = run_here(command[0], *(ROOT / part if part == "config.json" else part for part in command[1:]))
         if "train" in command:
             trained = layouts / weights_of(output)
             assert trained.is_file()
@@ -70,5 +72,11 @@ def test_every_command_of_the_markdown_files_runs(layouts):
             # An APR's commands build on each other, over the files; different APRs' do not.
             backbone = [part for part in command if part.startswith("backbone_type=")]
             chains.setdefault((command[2], command[5].split("/")[-1], *backbone), []).append(command)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda chain: run_chain(layouts, chain), chains.values()))
+    # Two processes that go from command to command, and import PyTorch once.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), begin, (layouts,)) as pool:
+        list(pool.map(run_chain, [layouts] * len(chains), chains.values()))
+
+
+def begin(layouts):
+    os.chdir(layouts)
+    torch.set_num_threads(1)

@@ -73,7 +73,7 @@ def test_a_training_that_is_stopped_goes_on_to_the_same_weights(layout, interrup
     assert status == 143 and told, said
     status, said = interrupt(script, shlex.split(told[1]), 5)
     assert status == 143 and re.search("it is saved up to epoch [23];", said)
-    again = re.search(f"go on with: python \S+/{script} (.*)", said)[1]
+    again = re.search(rf"go on with: python \S+/{script} (.*)", said)[1]
     assert again == told[1]  # one --resume, however often
     output = run_here(script, *shlex.split(again))
     assert re.search(r"^Going on after epoch [23]$", output, flags=re.MULTILINE)
@@ -192,6 +192,22 @@ def test_the_frame_that_makes_a_loss_infinite_is_named(layout):
     command[4] = layout / "far.csv"
     status, said = fails_here("main.py", *command)
     assert status == 2 and f"batch 1 of epoch 1: the loss is inf; frames: rows 5 of {layout / 'far.csv'}" in said
+
+
+def test_a_frame_that_cannot_be_decoded_midway_is_named(layout, monkeypatch):
+    whole = weights_of(run_here("main.py", *training(layout, "whole")))
+    frame, write = layout / "attic/seq-train/frame-000003.color.png", resume.write
+    content = frame.read_bytes()
+    monkeypatch.setattr(resume, "write", lambda prefix, state: (write(prefix, state), frame.write_bytes(content[:3000])))
+    for n_workers in (0, 1):
+        frame.write_bytes(content)
+        status, said = fails_here("main.py", *training(layout, f"midway-{n_workers}", cache_memory_gb=0, n_workers=n_workers))
+        assert status == 2 and f"{layout / 'train.csv'}: row 5: image {frame} cannot be read" in said
+    frame.write_bytes(content)
+    monkeypatch.undo()
+    output = run_here("main.py", *training(layout, "midway-0", "--resume", "latest"))
+    first, second = torch.load(whole), torch.load(weights_of(output))
+    assert "Going on after epoch 1" in output and all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.fixture
