@@ -80,8 +80,8 @@ def load(path, classes=()):
     for a file that holds anything else or is damaged."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
+    _check_records(path)
     try:
-        _check_records(path)
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the parser trips over, the file is at fault
@@ -99,14 +99,18 @@ def load(path, classes=()):
 
 
 def _check_records(path):
-    """Compare the checksums of a zip file's records, which PyTorch does not."""
-    if zipfile.is_zipfile(path):
+    """Compare the checksums of a zip file's records, which PyTorch does not. Raises UserError."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
         with zipfile.ZipFile(path) as records:
             if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
                 raise ValueError("its records are compressed, which PyTorch does not do")
             damaged = records.testzip()
         if damaged:
             raise ValueError(f"its record {damaged} is damaged")
+    except Exception as error:  # as in `load`
+        raise UserError(f"{path}: not a readable weights file ({error})") from error
 
 
 def save(path, value):
@@ -118,9 +122,10 @@ def save(path, value):
 
 
 def _is_legacy(path):
-    """Whether a file begins with the magic number of PyTorch's format before 1.6."""
+    """Whether a file begins as PyTorch's format before 1.6 does: a pickle of its magic number. Nothing else may: PyTorch takes
+    a zip file for TorchScript, which is code."""
     with open(path, "rb") as file:
-        return torch.serialization.MAGIC_NUMBER.to_bytes(10, "little") in file.read(32)
+        return file.read(14) == b"\x80\x02\x8a\x0a" + torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 
 
 def _as_state_dict(path, loaded):

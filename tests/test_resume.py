@@ -120,6 +120,15 @@ def test_what_would_change_the_result_is_refused_unless_it_is_asked_for(layout, 
     assert "Going on after epoch 2" in output and "/Epoch-3]" in output and "/Epoch-4]" not in output
 
 
+def test_an_average_that_begins_elsewhere_is_taken_anew(layout, interrupt):
+    command = training(layout, "averaged", n_epochs=4, average_last=0.9)
+    interrupt("main.py", command, 3)
+    longer = weights_of(run_here("main.py", *training(layout, "averaged", "--resume", "latest", n_epochs=6, average_last=0.3)))
+    whole = weights_of(run_here("main.py", *training(layout, "whole", n_epochs=6, average_last=0.3)))
+    first, second = torch.load(whole), torch.load(longer)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 def test_a_damaged_state_is_named_and_the_one_before_it_taken(layout, stopped):
     newest, before = newest_first(layout, stopped)
     content = bytearray(newest.read_bytes())
@@ -132,7 +141,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(layout, stopped):
     assert status == 2 and f"{newest}: not a readable" in said and "is damaged" in said and "no other state" in said
     before.write_bytes(earlier)
     output = run_here("main.py", *command)
-    assert f"{newest}: " in output and "going on from the state before it" in output and "Going on after epoch 1" in output
+    assert not newest.exists() and f"{newest}: " in output and "going on from the state before it" in output and "Going on after epoch 1" in output
     whole = weights_of(run_here("main.py", *training(layout, "whole")))
     first, second = torch.load(whole), torch.load(weights_of(output))
     assert all(torch.equal(first[key], second[key]) for key in first)

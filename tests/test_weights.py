@@ -2,13 +2,16 @@
 import hashlib
 import pickle
 import threading
+import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from efficientnet_pytorch import EfficientNet
+from torch import nn
 
 from models import APR_NAMES, backbones, build_pose_encoder, get_model, load_apr
 from models.checkpoints import read_about, read_module_tensors, read_weights, save_weights
@@ -73,6 +76,47 @@ def test_code_in_a_file_never_runs(tmp_path, zip_format, inside):
             with pytest.raises(UserError, match=name):
                 read(tmp_path / name)
     assert not marker.exists()
+
+
+MARKS = "from-torchscript"  # a file that the code of a TorchScript makes, in the working directory
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        self.weight, self.training = state
+        print(torch.from_file("from-torchscript", True, 4, dtype=torch.uint8).fill_(65))  # printed, or the compiler leaves it out
+
+    def forward(self, x):
+        return x
+
+
+def test_torchscript_that_poses_as_the_format_before_1_6_never_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = b"x" * 50
+    torch.jit.save(torch.jit.script(Scripted()), "script.pt", _extra_files={"persistent_load": record})
+    with zipfile.ZipFile("script.pt") as script, zipfile.ZipFile("hostile.pth", "w") as hostile:
+        for member in script.infolist():
+            hostile.writestr(member.filename, script.read(member))
+    content = bytearray(Path("hostile.pth").read_bytes())
+    content[content.find(record)] ^= 1  # the reader names this record, as the legacy format's pickles name their function
+    content[14:24] = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
+    Path("hostile.pth").write_bytes(content)
+    Path(MARKS).unlink(missing_ok=True)
+    for read in (read_weights, read_module_tensors):
+        with pytest.raises(UserError, match="hostile.pth: not a readable weights file"):
+            read("hostile.pth")
+    assert not Path(MARKS).exists()
+    torch.jit.load("script.pt")
+    assert Path(MARKS).exists()
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):

@@ -73,6 +73,8 @@ def run(script):
                 time.sleep(2)  # torchrun ends the others by a signal, which says more
                 raise UserError(f"process {processes.rank()} of this run: another one has ended; see what it said") from error
     except UserError as error:
+        if processes.rank() > 0:
+            time.sleep(5)  # if the first process has the same to say, torchrun ends this one meanwhile
         _say(f"error: {error}")
         sys.exit(2)
     except signals.Stopped as stopped:

@@ -5,6 +5,7 @@ import signal
 import time
 from array import array
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -59,8 +60,12 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
     first_epoch, averaged, n_averaged = 0, [], 0
     samples, losses = array("d"), array("d")  # of every step: the samples up to it, and its loss
     if run.resumed:
-        first_epoch, averaged, n_averaged, tracked, samples, losses = _restore(run, model, pose_loss, optimizer, scaler, len(norms))
+        first_epoch, averaged, n_averaged, tracked, samples, losses = _restore(
+            run, model, pose_loss, optimizer, scaler, len(norms), about.get("scene_names"))
     n_steps = len(losses) + max(n_epochs - first_epoch, 0) * len(batches(first_epoch))
+    begin_average = n_steps * (1 - config.get("average_last", 0))
+    if n_averaged != len(losses) - math.floor(begin_average):  # none yet, or of another part of the training
+        averaged, n_averaged = [], 0
     trained_step = step
     if processes.count() > 1:
         trained_step = DistributedDataParallel(_Step(step, model, pose_loss), find_unused_parameters=True)
@@ -80,7 +85,7 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
                     loss, estimate = trained_step(batch)
                     of_all, sums = _start_sums(loss, len(batch["pose"]), bool(received))
                     optimizer.zero_grad()
-                    scaler.scale(loss * of_all).backward()
+                    scaler.scale(loss if of_all is None else loss * of_all).backward()
                     batch_loss, size, stop = sums()
                     if stop:
                         raise signals.Stopped(received[0] if received else signal.SIGTERM)
@@ -93,7 +98,7 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
                     samples.append((samples[-1] if samples else 0) + size)
                     losses.append(batch_loss)
                     bar.update()
-                    if len(losses) > n_steps * (1 - config.get("average_last", 0)):
+                    if len(losses) > begin_average:
                         weights = [p.detach() for p in model.parameters()]
                         averaged, n_averaged = averaged or [p.clone() for p in weights], n_averaged + 1
                         torch._foreach_lerp_(averaged, weights, 1 / n_averaged)
@@ -101,37 +106,27 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
                         errors = (e.mean().item() for e in pose_err(estimate.detach(), batch["pose"]))
                         logging.info("[Batch-{}/Epoch-{}] running camera pose loss: {:.3f}, camera pose error: {:.2f}[m], "
                                      "{:.2f}[deg]".format(i + 1, epoch + 1, running_loss / n_epoch_samples, *errors))
-                if not all(torch.isfinite(p).all() for p in parameters):
-                    _stop_at(run, f"epoch {epoch + 1}: the weights after its last batch are not finite", batch, estimate)
-                if first and (epoch + 1) % n_freq_checkpoint == 0:
+                checkpoint_due = first and (epoch + 1) % n_freq_checkpoint == 0
+                state_due = first and (epoch + 1 == n_epochs or time.monotonic() - saved > 20 * saving)
+                if checkpoint_due or state_due:
+                    _check_finite(run, parameters, epoch)
+                if checkpoint_due:
                     before_save()
                     save_weights(f"{run.prefix}_checkpoint-{epoch + 1}.pth", model.state_dict(), about)
-                if first and (epoch + 1 == n_epochs or time.monotonic() - saved > 20 * saving):
+                if state_due:
                     begin = time.monotonic()
                     resume.write(run.prefix, {
                         "epoch": epoch + 1, "weights": model.state_dict(), "loss": pose_loss.state_dict(),
                         "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(), "averaged": averaged,
-                        "n_averaged": n_averaged, "tracked": tracked, "history": torch.tensor([samples, losses], dtype=torch.float64),
-                        "random": _random_state(run.device), "settings": run.settings})
+                        "n_averaged": n_averaged, "tracked": tracked, "history": torch.from_numpy(np.array([samples, losses])),
+                        "random": _random_state(run.device), "scene_names": about.get("scene_names"), "settings": run.settings})
                     saved = time.monotonic()
                     saving = saved - begin
 
         model.precision = precision  # as in tests
         if averaged:
-            for parameter, mean in zip(model.parameters(), averaged):
-                parameter.data.copy_(mean)
             trained = [norm for norm, n_batches in zip(norms, tracked) if norm.num_batches_tracked > n_batches]  # not frozen ones
-            for norm in trained:
-                norm.reset_running_stats()
-                norm.momentum = None  # a mean over all batches
-            if trained:
-                model.train()
-                with torch.no_grad():
-                    for batch in progress(batches(n_epochs), desc="batch norm", unit="batch"):
-                        step(to_device(batch, run.device))
-                        if received:
-                            raise signals.Stopped(received[0])
-                _average([statistic for norm in trained for statistic in (norm.running_mean, norm.running_var)])
+            _take(averaged, model, trained, batches(n_epochs), lambda batch: step(to_device(batch, run.device)), received)
 
     processes.first_alone()
     before_save()
@@ -156,14 +151,16 @@ class _Step(nn.Module):
 def _start_sums(loss, size, stop):
     """Begin to sum over the processes. loss: the mean over this one's frames, so many; stop: whether it was asked to end.
 
-    Returns by what to multiply the loss, so that the mean of the processes' gradients is that over all frames, and a function
-    that waits for the sums: () -> (loss over all frames, frames, whether any process was asked to end). Meanwhile a GPU can
+    Returns by what to multiply the loss, so that the mean of the processes' gradients is that over all frames (None in one
+    process), and a function that waits for the sums: () -> (loss over all frames, frames, whether any process was asked to end). Meanwhile a GPU can
     be given the backward pass.
     """
-    sums = torch.stack((loss.detach().double() * size, loss.new_tensor(size, dtype=torch.double),
-                        loss.new_tensor(stop, dtype=torch.double)))
-    of_all = 1
-    if processes.count() > 1:
+    several = processes.count() > 1
+    sums, of_all = loss.detach(), None
+    if several:
+        # Filled, not copied there: a GPU would be waited for.
+        n_frames, n_stop = (torch.full((), number, dtype=torch.double, device=loss.device) for number in (size, stop))
+        sums = torch.stack((sums.double() * size, n_frames, n_stop))
         torch.distributed.all_reduce(sums)
         of_all = size * processes.count() / sums[1]
     here = sums.to("cpu", non_blocking=True)
@@ -174,18 +171,33 @@ def _start_sums(loss, size, stop):
     def wait():
         if ready:
             ready.synchronize()
-        total, n_frames, stop = here.tolist()
-        return total / n_frames, int(n_frames), stop > 0
+        if not several:
+            return here.item(), size, stop
+        total, n_frames, n_stop = here.tolist()
+        return total / n_frames, int(n_frames), n_stop > 0
 
     return of_all, wait
 
 
-def _average(tensors):
-    """Average tensors over the processes, in place."""
+@torch.no_grad()
+def _take(averaged, model, norms, batches, step, received):
+    """Give a model its averaged weights, and its batch norms the statistics of batches under them, over all processes."""
+    for parameter, mean in zip(model.parameters(), averaged):
+        parameter.copy_(mean)
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+    model.train()
+    for batch in progress(batches, desc="batch norm", unit="batch"):
+        step(batch)
+        if received:
+            raise signals.Stopped(received[0])
     if processes.count() > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-            tensor /= processes.count()
+        for statistic in (statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)):
+            torch.distributed.all_reduce(statistic)
+            statistic /= processes.count()
 
 
 def _stop_at(run, problem, batch, estimate):
@@ -197,14 +209,24 @@ def _stop_at(run, problem, batch, estimate):
                     "smaller lr, or precision=fp32, with --set, and look at these frames (python -m datasets.labels check)")
 
 
+def _check_finite(run, parameters, epoch):
+    """Raise UserError where gradients have made weights that are not finite, though every loss was."""
+    if not all(torch.isfinite(parameter).all() for parameter in parameters):
+        raise UserError(f"epoch {epoch + 1}: the weights after it are not finite; {resume.advice(run)}; try a smaller lr, or precision=fp32, "
+                        "with --set")
+
+
 def _random_state(device):
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
 
 
-def _restore(run, model, pose_loss, optimizer, scaler, n_norms):
+def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
     """Put modules, optimiser and random numbers into the state of run.resumed. Returns the epochs it has had, the averaged weights
     and the number of steps averaged, batch norm's counters before the first step, and the samples and losses of every step."""
     state = run.resumed
+    if state["scene_names"] != scene_names:
+        raise UserError(f"--resume {run.args.resume}: the model's scenes were {state['scene_names']} and are {scene_names} now; give them in "
+                        "their order with --set scene_names=... or as they were given")
     try:
         model.load_state_dict(state["weights"])
         pose_loss.load_state_dict(state["loss"])

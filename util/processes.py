@@ -5,6 +5,7 @@ torch.distributed's `*_object` functions send pickles, between the processes of 
 import datetime
 import os
 import sys
+import warnings
 
 from util.errors import UserError
 
@@ -31,11 +32,21 @@ def n_here():
     return int(os.environ["LOCAL_WORLD_SIZE"]) if under_torchrun() else 1
 
 
+def launcher():
+    """What a command line of this run begins with."""
+    if not under_torchrun():
+        return "python"
+    several_machines = n_here() < int(os.environ["WORLD_SIZE"])
+    return "torchrun " + ("(with its arguments as before)" if several_machines else f"--nproc_per_node={n_here()}")
+
+
 def join(device):
     """Join the other processes, over NCCL for GPUs and gloo for CPUs."""
     import torch.distributed as dist
 
     if under_torchrun():
+        # That some models have none would be said once a process.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 

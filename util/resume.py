@@ -16,10 +16,10 @@ from util.errors import UserError
 LATEST = "latest"
 _STAMP = r"\d\d(?:_\d\d){4}(?:_\d+)?"
 # What may differ in a run that goes on: nothing of it changes the result.
-_FREE = ("n_freq_print", "n_freq_checkpoint", "n_workers", "device_id", "test_batch_size", "cache_memory_gb")
+_FREE = ("n_freq_print", "n_freq_checkpoint", "n_workers", "device_id", "cache_memory_gb")
 # What a state holds.
 _TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int,
-          "tracked": list, "random": dict, "settings": str, "history": object}
+          "tracked": list, "random": dict, "settings": str, "scene_names": object, "history": object}
 KEPT = 2
 
 
@@ -62,6 +62,8 @@ def read(prefix):
         except UserError as error:
             problems.append(str(error))
             logging.warning("%s; going on from the state before it, if there is one", error)
+    if not problems:
+        raise UserError(f"--resume: {prefix} has been finished meanwhile")
     raise UserError(f"{problems[0]}; no other state of this training is whole: start it again, or from one of its checkpoints "
                     "with --checkpoint_path")
 
@@ -88,20 +90,18 @@ def check_settings(state, settings, given):
 
 
 def write(prefix, state):
-    """Write a state, of so many epochs as state['epoch'] says, and remove those that are too old."""
+    """Write a state, of so many epochs as state['epoch'] says, and remove those that are too old, and those of later epochs, which
+    were damaged."""
     from models.checkpoints import save
 
-    save(_path(prefix, state["epoch"]), state)
-    for _, path in _states(prefix)[KEPT:]:
-        with suppress(OSError):
-            os.remove(path)
+    save(f"{prefix}_resume-{state['epoch']}.pth", state)
+    kept = [path for epoch, path in _states(prefix) if epoch <= state["epoch"]][:KEPT]
+    _remove(path for _, path in _states(prefix) if path not in kept)
 
 
 def remove(prefix):
     """Remove a finished training's states."""
-    for _, path in _states(prefix):
-        with suppress(OSError):
-            os.remove(path)
+    _remove(path for _, path in _states(prefix))
 
 
 def advice(run):
@@ -109,17 +109,17 @@ def advice(run):
     states = _states(run.prefix)
     if not states:
         return "no whole epoch is saved: start it again"
-    command, words = ["python"], sys.argv[1:]
-    if processes.under_torchrun():
-        command = ["torchrun", f"--nproc_per_node={processes.n_here()}"]
+    words = sys.argv[1:]
     for i in [i for i, word in enumerate(words) if word.split("=")[0] == "--resume"]:
         del words[i:i + (1 if "=" in words[i] else 2)]
     stamp = re.search(f"run_({_STAMP})", os.path.basename(run.prefix))[1]
-    return f"it is saved up to epoch {states[0][0]}; go on with: {shlex.join([*command, sys.argv[0], *words, '--resume', stamp])}"
+    return f"it is saved up to epoch {states[0][0]}; go on with: {processes.launcher()} {shlex.join([sys.argv[0], *words, '--resume', stamp])}"
 
 
-def _path(prefix, epoch):
-    return f"{prefix}_resume-{epoch}.pth"
+def _remove(paths):
+    for path in paths:
+        with suppress(OSError):
+            os.remove(path)
 
 
 def _states(prefix):

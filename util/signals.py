@@ -2,6 +2,8 @@
 import contextlib
 import signal
 
+from util import processes
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,7 +35,8 @@ def deferred():
 
     def note(signum, frame):
         received.append(signum)
-        signal.signal(signum, _raise)
+        if not processes.under_torchrun():  # which passes signals on, so that they may come twice
+            signal.signal(signum, _raise)
 
     with _handled_by(note):
         try:
