@@ -73,7 +73,8 @@ def kills(folder, dataset, labels, n, n_epochs, seed):
                 if ended:
                     ends.append(ended)
             stderr = process.communicate()[1]
-            if process.returncode == 0:
+            finished = any(out.glob("*_final.pth")) and not any(out.glob("*_resume-*.pth"))
+            if process.returncode == 0 or finished:
                 break
             assert process.returncode in (-kind, 128 + kind), stderr
             command = _next(command, training, out, stderr if process.returncode == 143 else "")
@@ -90,8 +91,9 @@ def _end(process, kind, out, in_save, after):
     """Send a signal to a process after so many seconds, or as soon as it writes a file; returns when that was, or None if
     the process was done before."""
     deadline = time.monotonic() + (60 if in_save else after)
+    before = set(out.glob("*.part"))  # of a training that was killed before it had saved an epoch
     while process.poll() is None and time.monotonic() < deadline:
-        if in_save and any(out.glob("*.part")):
+        if in_save and set(out.glob("*.part")) - before:
             process.send_signal(kind)
             return "writing"
         time.sleep(0.0005)

@@ -128,13 +128,13 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
             trained = [norm for norm, n_batches in zip(norms, tracked) if norm.num_batches_tracked > n_batches]  # not frozen ones
             _take(averaged, model, trained, batches(n_epochs), lambda batch: step(to_device(batch, run.device)), received)
 
-    processes.first_alone()
-    before_save()
-    logging.info("Training completed")
-    save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
-    plot_loss(f"{run.prefix}_loss_fig.png", samples, losses)
-    resume.remove(run.prefix)
-    logging.info("Weights: %s_final.pth", run.prefix)
+        processes.first_alone()
+        before_save()
+        logging.info("Training completed")
+        save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
+        plot_loss(f"{run.prefix}_loss_fig.png", samples, losses)
+        resume.remove(run.prefix)
+        logging.info("Weights: %s_final.pth", run.prefix)
 
 
 class _Step(nn.Module):
@@ -271,9 +271,9 @@ def evaluate(run, estimate, dataset):
         for batch in batches:
             batch = to_device(batch, run.device)
             singles += [{key: value[i:i + 1] for key, value in batch.items()}
-                        for i in range(min(N_TIMED - len(singles), len(batch["pose"])))]
+                        for i in range(min(N_TIMED - len(singles), len(batch["img"])))]
             taken, result = milliseconds(lambda: estimate(batch), run.device)
-            size = len(batch["pose"])
+            size = len(batch["img"])
             result["milliseconds"] = torch.full((size,), taken / size)
             results.append({key: value.cpu() for key, value in result.items()})
             bar.update(size)

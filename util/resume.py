@@ -107,6 +107,8 @@ def remove(prefix):
 def advice(run):
     """How to go on with a training that has ended early: a sentence."""
     states = _states(run.prefix)
+    if not states and os.path.exists(f"{run.prefix}_final.pth"):
+        return f"it was finished: {run.prefix}_final.pth"
     if not states:
         return "no whole epoch is saved: start it again"
     words = sys.argv[1:]
