@@ -1,32 +1,35 @@
-"""Train or test an absolute pose regressor (APR)."""
+"""Train or test an absolute pose regressor (APR), or predict the poses of one's own images."""
 from models import APR_NAMES, SINGLE_SCENE_APRS
 from util import cli
 
 
 def main():
-    parser = cli.parser(__doc__, APR_NAMES)
+    parser = cli.parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
     parser.add_argument("--checkpoint_path", metavar="FILE.pth",
-                        help="the APR's weights to start from in training, to test in testing (default: none in training)")
+                        help="the APR's weights: to start from in training, else required (default: none in training)")
     args = parser.parse_args()
     run = cli.start(args)
 
     import torch
     import torch.nn.functional as F
 
-    from datasets.camera_poses import CameraPoseDataset, test_transform, train_batches, train_transform
+    from datasets.camera_poses import CameraPoseDataset, Images, test_transform, train_batches, train_transform
     from datasets.labels import log_summary
     from models import load_apr
     from util import engine
     from util.errors import UserError
     from util.latents import infer
     from util.losses import CameraPoseLoss
-    from util.report import report, scene_names_of
+    from util.report import report, report_images, scene_names_of
 
     config = run.config
     multi_scene = args.model_name not in SINGLE_SCENE_APRS
     freeze = config.get("freeze", False)
-    if args.mode == "test" and args.checkpoint_path is None:
-        raise UserError("a test needs --checkpoint_path, the weights to test")
+    if args.mode != "train" and args.checkpoint_path is None:
+        raise UserError(f"{args.mode} needs --checkpoint_path, the weights of the APR")
+    if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
+        raise UserError("predict takes images in the place of the dataset, - in that of the label file, and --predictions_path, where the "
+                        "poses go")
     if freeze and not multi_scene:
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 
@@ -65,6 +68,10 @@ def main():
 
         batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
         engine.train(run, apr, pose_loss, batches, step, cli.about(run, args.model_name, dataset.scene_names))
+    elif args.mode == "predict":
+        apr.eval()
+        images = Images(args.dataset_path)
+        report_images(run, images.names, engine.evaluate(run, lambda batch: infer(apr, batch["img"]), images), names)
     else:
         apr.eval()
         dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)

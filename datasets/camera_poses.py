@@ -1,5 +1,6 @@
 """Frames with their camera poses, and the published transforms."""
 import functools
+import glob
 import os
 import shutil
 import sys
@@ -11,11 +12,12 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from datasets.image_cache import cache_in_file, cache_in_memory, free_memory, read_frame
-from datasets.labels import poses_of, read_labels, scene_indices
+from datasets.labels import natural, poses_of, read_labels, scene_indices
 from util import processes
 from util.errors import UserError
 
 SIZE = 224
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")  # of a folder's images
 SHARED_MEMORY = "/dev/shm"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 
@@ -44,7 +46,64 @@ def _imagenet(device):
     return torch.tensor(_IMAGENET, device=device).view(2, 1, 3, 1, 1)
 
 
-class CameraPoseDataset(Dataset):
+class _Frames(Dataset):
+    """Image files, and what is decoded of them once."""
+
+    def __init__(self, paths):
+        self.paths = paths
+        self.cache = None
+
+    def cache_frames(self, cache_dir=None, memory_gb=None):
+        """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
+        default a quarter of what is free), which the run's processes on a machine share. The items stay the same. Raises
+        UserError for an unreadable image."""
+        n_threads = n_cores()
+        if cache_dir:
+            if processes.rank_here() > 0:
+                processes.wait()  # for a machine's first, which decodes; the others find the file
+            self.cache = cache_in_file(cache_dir, self.paths, self.read, n_threads)
+            if processes.rank_here() == 0:
+                processes.wait()
+        else:
+            memory = free_memory() // 4 if memory_gb is None else int(memory_gb * 1e9)
+            self.cache = cache_in_memory(self.paths, self.read, n_threads, memory // processes.n_here())
+
+    def read(self, i):
+        return read_frame(self.paths[i])
+
+    def frame(self, i):
+        pixels = None if self.cache is None else self.cache[i]
+        return self.read(i) if pixels is None else Image.fromarray(pixels)
+
+
+class Images(_Frames):
+    """One's own images under the test transform. Items: {'img': 224 x 224 x 3 (uint8)}, asked for as those of
+    CameraPoseDataset; `names`: their paths below the folder that holds them all.
+
+    images: a folder, whose images are taken with those of its folders, or a pattern as in a shell. Raises UserError where
+    there is none.
+    """
+
+    def __init__(self, images):
+        folder = os.path.isdir(images)
+        found = glob.glob(os.path.join(glob.escape(images), "**", "*") if folder else images, recursive=True)
+        paths = [path for path in found if os.path.isfile(path) and (not folder or path.lower().endswith(IMAGE_EXTENSIONS))]
+        if not paths:
+            raise UserError(f"{images}: no image; give a folder with images or a pattern in quotes, such as 'photos/*.jpg'")
+        root = images if folder else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+        self.names = sorted((os.path.relpath(path, root) for path in paths), key=natural)
+        super().__init__([os.path.join(root, name) for name in self.names])
+        self.transform = test_transform()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, item):
+        _, i = item
+        return {"img": torch.from_numpy(np.array(self.transform(self.frame(i))))}
+
+
+class CameraPoseDataset(_Frames):
     """Items: {'img': 224 x 224 x 3 (uint8), 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there,
     'row': the frame's row in the label file}.
 
@@ -61,7 +120,7 @@ class CameraPoseDataset(Dataset):
     def __init__(self, dataset_path, labels_file, data_transform=None, equalize_scenes=False, scene_names=None, seed=0):
         self.labels_file = labels_file
         self.labels = read_labels(labels_file)
-        self.paths = [os.path.join(dataset_path, path) for path in self.labels["img_path"]]
+        super().__init__([os.path.join(dataset_path, path) for path in self.labels["img_path"]])
         for row, path in zip(self.labels["row"], self.paths):
             if not os.path.isfile(path):
                 raise UserError(f"{labels_file}: row {row}: image {path} does not exist")
@@ -72,7 +131,6 @@ class CameraPoseDataset(Dataset):
         self.transform = data_transform or test_transform()
         self.seed = seed
         self.size = len(self.paths)
-        self.cache = None
         if equalize_scenes:
             present = np.unique(self.scenes)
             self.rows_of_scenes = [np.flatnonzero(self.scenes == scene) for scene in present]
@@ -96,24 +154,9 @@ class CameraPoseDataset(Dataset):
             raise UserError(f"{self.labels_file}: {len(self.scene_names)} scenes, but the model has {num_scenes}: their order "
                             f"is not known; give --preset or scene_names")
 
-    def cache_frames(self, cache_dir=None, memory_gb=None):
-        """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
-        default a quarter of what is free), which the run's processes on a machine share. The items stay the same. Raises
-        UserError for an unreadable image."""
-        n_threads = n_cores()
-        if cache_dir:
-            if processes.rank_here() > 0:
-                processes.wait()  # for a machine's first, which decodes; the others find the file
-            self.cache = cache_in_file(cache_dir, self.paths, self._read, n_threads)
-            if processes.rank_here() == 0:
-                processes.wait()
-        else:
-            memory = free_memory() // 4 if memory_gb is None else int(memory_gb * 1e9)
-            self.cache = cache_in_memory(self.paths, self._read, n_threads, memory // processes.n_here())
-
-    def _read(self, row):
+    def read(self, row):
         try:
-            return read_frame(self.paths[row])
+            return super().read(row)
         except UserError as error:
             raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
 
@@ -128,8 +171,7 @@ class CameraPoseDataset(Dataset):
         if position >= len(self.paths):
             random = np.random.default_rng((self.seed, epoch, position))
             row = random.choice(self.rows_of_scenes[random.choice(len(self.rows_of_scenes), p=self.scene_probabilities)])
-        pixels = None if self.cache is None else self.cache[row]
-        image = self._read(row) if pixels is None else Image.fromarray(pixels)
+        image = self.frame(row)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, epoch, position))  # the CPU's alone
             image = self.transform(image)

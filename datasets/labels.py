@@ -27,13 +27,15 @@ UNIT_TOLERANCE = 1e-3
 OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
 
 
-def read_labels(path):
+def read_labels(path, columns=COLUMNS):
     """Read a label file: a DataFrame with COLUMNS, the pose as float64, and `row`, the row's number in the file.
+
+    columns: those to read, of COLUMNS in their order, where the file may lack others; the pose and img_path among them.
 
     Raises UserError, naming file and row, for a file that is missing, empty or no table, a missing column or cell, a
     pose that is not seven finite numbers with a quaternion other than zero, and an image path outside the dataset.
     """
-    table, unreadable = _parse(path)
+    table, unreadable = _parse(path, columns)
     for row, problem in unreadable:
         raise UserError(f"{path}: row {row}: {problem}")
     return table
@@ -146,7 +148,7 @@ def _outliers(table):
             yield from ((i, d / typical) for i, d in zip(positions, distances) if d > OUTLIER_FACTOR * typical)
 
 
-def _parse(path):
+def _parse(path, columns=COLUMNS):
     """A label file's table as read_labels gives it, without its unreadable rows, and those: a list of (row, problem)."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -154,23 +156,23 @@ def _parse(path):
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
     if not lines:
-        raise UserError(f"{path}: not a readable label file: it is empty; its first row must be {','.join(COLUMNS)}")
+        raise UserError(f"{path}: not a readable label file: it is empty; its first row must be {','.join(columns)}")
     header, *lines = lines
     header = [name.strip() for name in header]
-    missing = [column for column in COLUMNS if column not in header]
+    missing = [column for column in columns if column not in header]
     if missing:
-        raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(COLUMNS)}")
+        raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(columns)}")
     twice = [column for column, n in Counter(header).items() if n > 1]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' is there twice")
 
-    places = [header.index(column) for column in COLUMNS]
+    places = {column: header.index(column) for column in columns}
     rows, unreadable = [], []
     for row, line in enumerate(lines, start=2):
         if not any(line):
             continue
         cells = line + [""] * (len(header) - len(line))
-        frame, problem = _parse_frame([cells[place] for place in places])
+        frame, problem = _parse_frame({column: cells[place] for column, place in places.items()})
         if len(line) > len(header):
             problem = f"{len(line)} cells, but the header has {len(header)}"
         if problem:
@@ -179,18 +181,18 @@ def _parse(path):
             rows.append([*frame, row])
     if not rows and not unreadable:
         raise UserError(f"{path}: no rows; at least one frame is needed")
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "row"])
-    return table.astype({**dict.fromkeys(COLUMNS, str), **dict.fromkeys(POSE_COLUMNS, float), "row": int}), unreadable
+    table = pd.DataFrame(rows, columns=[*columns, "row"])
+    return table.astype({**dict.fromkeys(columns, str), **dict.fromkeys(POSE_COLUMNS, float), "row": int}), unreadable
 
 
 def _parse_frame(cells):
-    """A frame of a row's cells in the order of COLUMNS, with numbers for the pose, and what is wrong with it or None."""
-    scene, split, seq, path, *numbers = cells
-    for column, cell in (("scene", scene), ("img_path", path)):
-        if not cell.strip():
-            return None, f"{column} '{cell}' is empty"
+    """A frame of a row's cells, {column: text}, with numbers for the pose, and what is wrong with it or None."""
+    for column in ("scene", "img_path"):
+        if not cells.get(column, "not asked for").strip():
+            return None, f"{column} '{cells[column]}' is empty"
     pose = []
-    for column, cell in zip(POSE_COLUMNS, numbers):
+    for column in POSE_COLUMNS:
+        cell = cells[column]
         try:
             pose.append(float(cell if cell.isascii() and "_" not in cell else "nan"))  # Python's own number words aside
         except ValueError:
@@ -199,9 +201,10 @@ def _parse_frame(cells):
             return None, f"{column} '{cell}' is not a finite number"
     if max(map(abs, pose[3:])) < 1e-30:
         return None, "q1, q2, q3 and q4 are 0: no orientation"
+    path = cells["img_path"]
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         return None, f"img_path '{path}' leaves the dataset's folder"
-    return [scene, split, seq, path, *pose], None
+    return [*(text for column, text in cells.items() if column not in POSE_COLUMNS), *pose], None
 
 
 def check(args):

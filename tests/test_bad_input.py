@@ -56,6 +56,7 @@ def files(tmp_path_factory):
     (root / "wrong_type.json").write_text(json.dumps({**config, "posenet": {**section, "n_epochs": "many"}}))
     (root / "odd.json").write_text(json.dumps({**config, "presets": {"text": "posenet", "nothing": {"posenet": 3}}}))
     (root / "not_json.json").write_text("{")
+    (root / "nothing").mkdir()
 
     for name in ("posenet", "ms-transposenet", "ems-transposenet"):
         torch.save(get_model(name, "none", SMALL).state_dict(), root / f"{name}.pth")
@@ -84,6 +85,11 @@ def apr(model="posenet", mode="train", backbone="none", labels="train.csv", conf
 
 def apr_test(checkpoint, model="posenet", more=()):
     return apr(model, "test", more=["--checkpoint_path", checkpoint, *more])
+
+
+def predict(images, labels="-"):
+    return ["main.py", "posenet", "predict", "none", images, labels, "config.json", "--checkpoint_path", "posenet.pth",
+            "--predictions_path", "predicted.csv"]
 
 
 def pae(model="posenet", checkpoint="posenet.pth", mode="train", script="main_learn_pose_encoding.py", more=()):
@@ -163,11 +169,16 @@ CASES = {
     "seed beyond any": (apr(more=["--seed", str(2 ** 64)]), ["--seed", "is not a whole number from 0"]),
     "unknown device": (apr(more=["--device", "gpu"]), ["device 'gpu' is unknown: choose auto, cpu, cuda or cuda:N"]),
     "absent device": (apr(more=["--device", "cuda:77"]), ["device 'cuda:77' is not here"]),
-    "test without weights": (apr(mode="test"), ["a test needs --checkpoint_path"]),
+    "test without weights": (apr(mode="test"), ["test needs --checkpoint_path"]),
     "predictions over the labels": (apr_test("posenet.pth", more=["--predictions_path", "./train.csv"]),
                                     ["--predictions_path ./train.csv: is the label file train.csv"]),
     "predictions to a folder": (apr_test("posenet.pth", more=["--predictions_path", "."]), ["--predictions_path .: is a folder"]),
     "predictions in training": (apr(more=["--predictions_path", "p.csv"]), ["--predictions_path is for testing"]),
+    "predict of a folder without images": (predict("nothing"), ["nothing: no image; give a folder with images or a pattern"]),
+    "predict of an image that is none": (predict("*.csv"), ["image ", "empty.csv cannot be read"]),
+    "predict without weights": (["main.py", "posenet", "predict", "none", "attic", "-", "config.json"], ["predict needs --checkpoint_path"]),
+    "predict with labels": (predict("attic", labels="train.csv"), ["predict takes images in the place of the dataset, - in that of"]),
+    "predict of a PAE's script": (pae(mode="predict"), ["MODE", "'predict'"]),
     "PAE of ms-transposenet": (pae("ms-transposenet", script="main_learn_multiscene_pose_encoding.py"),
                                ["ms-transposenet returns no latents", "choose ems-transposenet"]),
     "refiner of ms-transposenet": (refine(model="ms-transposenet"), ["ms-transposenet returns no latents"]),

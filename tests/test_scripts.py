@@ -130,6 +130,25 @@ def test_a_test_logs_and_writes_what_it_found(posenet, layout):
         f"Recall at {limits}" for limits in ("0.1 m/1 deg", "0.25 m/2 deg", "0.5 m/5 deg", "5 m/10 deg")]
 
 
+def test_predict_gives_the_poses_that_a_test_gives(posenet, layout):
+    arguments, output = posenet
+    checkpoint = ["--checkpoint_path", weights_of(output)]
+    run_here("main.py", *arguments("test", "attic_test.csv"), *checkpoint, "--predictions_path", layout / "tested.csv")
+    tested = pd.read_csv(layout / "tested.csv")
+    poses = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
+    for images, names in ((layout / "attic" / "seq-test", [f"frame-{i:06d}.color.png" for i in range(3)]),
+                          (layout / "attic", [f"seq-{split}/frame-{i:06d}.color.png" for split, n in (("test", 3), ("train", 6)) for i in range(n)]),
+                          (layout / "att*" / "seq-test" / "*[1-9].color.png", [f"frame-{i:06d}.color.png" for i in (1, 2)])):
+        listed = arguments("predict", "-")
+        listed[3:5] = [images, "-"]
+        output = run_here("main.py", *listed, *checkpoint, "--predictions_path", layout / "predicted.csv")
+        table = pd.read_csv(layout / "predicted.csv")
+        assert list(table) == ["img_path", *poses] and table["img_path"].tolist() == names
+        assert f"Predictions: {len(names)} poses in {layout / 'predicted.csv'}" in output
+        of_test = tested[tested["img_path"].str.split("/").str[-1].isin(name.split("/")[-1] for name in names)]
+        assert np.allclose(table[poses].iloc[:len(of_test)], of_test[poses], atol=1e-5)
+
+
 def test_published_config_files_load_as_they_are(posenet, layout):
     config = {"general": {"n_freq_print": 5, "n_freq_checkpoint": 2, "n_workers": 0, "device_id": "cuda:0", "n_epochs": 1},
               "posenet": {"learnable": True, "s_x": 0.0, "s_q": -3.0, "norm": 2, "lr": 1e-4, "batch_size": 8,
@@ -177,6 +196,14 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     accuracy = 100 * (alone["predicted_scene"] == "cellar").mean()
     assert f"Scene accuracy: {accuracy:.1f}%" in output
     assert "Scene cellar (index 1): 6 frames, median " in output
+
+    listed = arguments("ems-transposenet", "predict", "-", "--checkpoint_path", apr, "--predictions_path", layout / "predicted.csv")
+    listed[3:5] = [layout / "cellar" / "seq-train", "-"]
+    output = run_here("main.py", *listed)
+    table = pd.read_csv(layout / "predicted.csv")
+    assert table["predicted_scene"].tolist() == alone["predicted_scene"].tolist() and "Scenes: " in output
+    assert table["scene_probability"].between(0.5, 1).all()  # the likelier of two
+    assert np.allclose(table.loc[:, "t1":"q4"], alone.loc[:, "t1":"q4"], atol=1e-5)
 
     pae, about = trained(run_here("main_learn_multiscene_pose_encoding.py",
                                   *arguments("ems-transposenet", "train", "both.csv", apr)))

@@ -10,6 +10,7 @@ from transforms3d.quaternions import quat2mat
 
 from datasets import prepare_7scenes, prepare_cambridge, synthetic_scenes
 from datasets.synthetic_scenes import UP, Box, Face, Scene, camera_rotation, make_room, make_yard, render, write_scene
+from util import poses
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 292.5
 
@@ -38,10 +39,18 @@ def test_a_known_point_is_seen_where_the_label_projects_it(tmp_path, layout, wor
                       "cambridge": (prepare_cambridge, "abs_cambridge_pose_sorted.csv")}[layout]
     assert run_module_here(module, tmp_path / "data", "--labels_path", tmp_path)[0] == 0
 
+    to_camera = {}  # what util.poses writes for the visual localisation benchmark
+    for split in ("train", "test"):
+        assert not run_module_here(poses, tmp_path / f"{prefix}_cube_{split}.csv", tmp_path / "visloc.txt", "--format", "visloc",
+                                   "--convention", {"7Scenes": "7Scenes", "cambridge": "CambridgeLandmarks"}[layout])[0]
+        to_camera |= {line.split()[0]: line for line in (tmp_path / "visloc.txt").read_text().splitlines()}
     compared = 0
     for _, label in pd.concat([pd.read_csv(tmp_path / f"{prefix}_cube_{split}.csv") for split in ("train", "test")]).iterrows():
         rotation = quat2mat(label[["q1", "q2", "q3", "q4"]].to_numpy(float))
         x, y, z = (rotation if world_to_camera else rotation.T) @ (point - label[["t1", "t2", "t3"]].to_numpy(float))
+        name, *pose = to_camera[label["img_path"]].split()
+        pose = np.array(pose, float)
+        assert np.allclose(quat2mat(pose[:4]) @ point + pose[4:], (x, y, z), atol=1e-5)
         column, row = FOCAL * x / z + WIDTH / 2, FOCAL * y / z + HEIGHT / 2
         pixels = np.asarray(Image.open(tmp_path / "data" / label["img_path"])).astype(int)
         assert pixels.shape == (HEIGHT, WIDTH, 3)

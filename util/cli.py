@@ -32,8 +32,10 @@ def parser(description, models, modes=("train", "test")):
     arguments.add_argument("backbone_path", metavar="BACKBONE",
                            help="the backbone's weights: a .pth file, 'imagenet' (downloaded) or 'none' (random); with an "
                                 "APR checkpoint, the checkpoint brings them")
-    arguments.add_argument("dataset_path", metavar="DATASET", help="the folder that image paths are relative to")
-    arguments.add_argument("labels_file", metavar="LABELS", help="the label file (CSV) to train or test on")
+    arguments.add_argument("dataset_path", metavar="DATASET", help="the folder that image paths are relative to" + ("; to predict, images: a folder, or a "
+                           "pattern in quotes" if "predict" in modes else ""))
+    arguments.add_argument("labels_file", metavar="LABELS", help="the label file (CSV) to train or test on"
+                           + ("; to predict, -" if "predict" in modes else ""))
     arguments.add_argument("config_file", metavar="CONFIG", help="the hyper-parameters, such as config.json")
     arguments.add_argument("--experiment", metavar="TEXT", help="a note for the log (default: none)")
     arguments.add_argument("--output_dir", metavar="DIR", default="out", help="where logs and weights go (default: out)")
@@ -53,7 +55,7 @@ def parser(description, models, modes=("train", "test")):
                            help="go on with a training from its last whole epoch: the stamp in its files' names, or 'latest' of "
                                 "--output_dir; all else as it was given (default: a new training)")
     arguments.add_argument("--predictions_path", metavar="FILE.csv",
-                           help="in testing: where to write the predicted poses with their errors (default: nowhere)")
+                           help="but in training: where to write the predicted poses, in testing with their errors (default: nowhere)")
     return arguments
 
 

@@ -2,6 +2,7 @@
 import logging
 
 import numpy as np
+import pandas as pd
 
 from datasets.labels import POSE_COLUMNS, write_labels
 from models import SINGLE_SCENE_APRS
@@ -55,6 +56,20 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     if run.args.predictions_path:
         write_labels(run.args.predictions_path, predictions)
         logging.info("Predictions: %s", run.args.predictions_path)
+
+
+def report_images(run, names, results, scene_names=None):
+    """Write the poses of images without truth, and log how long they took. names: N, the images' paths; results, scene_names:
+    as `report` takes them, with 'scene_log_distr', N x num_scenes, for multi-scene models."""
+    predictions = pd.DataFrame({"img_path": names})
+    predictions[POSE_COLUMNS] = unit_poses(results["pose"].double()).numpy()
+    if "scene" in results:
+        predictions["predicted_scene"] = [scene_name(scene, scene_names) for scene in results["scene"].numpy()]
+        predictions["scene_probability"] = results["scene_log_distr"].exp().max(dim=1).values.numpy()
+        logging.info("Scenes: %s", ", ".join(f"{name} {n}" for name, n in predictions["predicted_scene"].value_counts().items()))
+    logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
+    write_labels(run.args.predictions_path, predictions)
+    logging.info("Predictions: %d poses in %s", len(names), run.args.predictions_path)
 
 
 def log_results(tested, labels_file, est_pose, gt_pose, results, leaked=False):

@@ -1,0 +1,78 @@
+"""Poses in the formats of other tools.
+
+    python -m util.poses PREDICTIONS.csv OUT --format {tum,visloc,labels} --convention {7Scenes,CambridgeLandmarks}
+
+PREDICTIONS.csv is what a script wrote with --predictions_path, or a label file. The convention is the dataset's whose labels the APR
+was trained on: 7Scenes' quaternions are camera-to-world, Cambridge's world-to-camera; positions are the camera's in both.
+"""
+import argparse
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from datasets.labels import POSE_COLUMNS, poses_of, read_labels, write_labels
+from util.errors import UserError
+from util.files import same_file, whole_file
+
+CONVENTIONS = ("7Scenes", "CambridgeLandmarks")
+
+
+def camera_to_world(poses, convention):
+    """The cameras' rotations to the world (a scipy Rotation of N) and positions, N x 3, of N x 7 poses in a convention."""
+    rotations = Rotation.from_quat(np.roll(poses[:, 3:], -1, axis=1))  # scipy has the scalar last
+    return rotations if convention == "7Scenes" else rotations.inv(), poses[:, :3]
+
+
+def tum(table, convention):
+    """Lines of a TUM trajectory: time, position, quaternion x y z w, camera-to-world. The time is the frame's place in the table,
+    from 0."""
+    rotations, positions = camera_to_world(poses_of(table), convention)
+    return [f"{i} {_numbers(pose)}" for i, pose in enumerate(np.hstack((positions, rotations.as_quat())))]
+
+
+def visloc(table, convention):
+    """Lines of the visual localisation benchmark (visuallocalization.net): name qw qx qy qz tx ty tz, world-to-camera. Raises
+    UserError for names with spaces."""
+    spaced = [i for i, name in enumerate(table["img_path"]) if len(name.split()) != 1]
+    if spaced:
+        raise UserError(f"row {table['row'][spaced[0]]}: img_path '{table['img_path'][spaced[0]]}' has a space, which visloc has between "
+                        "numbers; rename the image")
+    rotations, positions = camera_to_world(poses_of(table), convention)
+    to_camera = rotations.inv()
+    poses = np.hstack((np.roll(to_camera.as_quat(), 1, axis=1), -to_camera.apply(positions)))
+    return [f"{name} {_numbers(pose)}" for name, pose in zip(table["img_path"], poses)]
+
+
+def _numbers(values):
+    return " ".join(f"{value:.9f}" for value in values)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m util.poses", description="Write poses in the format of another tool.")
+    parser.add_argument("predictions", metavar="PREDICTIONS.csv", help="of --predictions_path, or a label file")
+    parser.add_argument("output", metavar="OUT", help="the file to write")
+    parser.add_argument("--format", required=True, choices=("tum", "visloc", "labels"),
+                        help="tum: a trajectory (for evo), the frame's place in the file as time, camera-to-world, quaternion x y z w; visloc: "
+                             "name qw qx qy qz tx ty tz, world-to-camera; labels: a label file")
+    parser.add_argument("--convention", required=True, choices=CONVENTIONS, help="the dataset whose quaternions the file has")
+    args = parser.parse_args()
+    if same_file(args.predictions, args.output):
+        raise UserError(f"{args.output} is the file to convert, which stays as it is; name another")
+    if args.format == "labels":
+        table = read_labels(args.predictions)
+        write_labels(args.output, table)
+    else:
+        table = read_labels(args.predictions, ["img_path", *POSE_COLUMNS])
+        try:
+            lines = {"tum": tum, "visloc": visloc}[args.format](table, args.convention)
+        except UserError as error:
+            raise UserError(f"{args.predictions}: {error}") from error
+        with whole_file(args.output) as file:
+            file.write("\n".join(lines) + "\n")
+    print(f"{args.output}: {len(table)} poses")
+
+
+if __name__ == "__main__":
+    from util import cli
+
+    cli.run(main)
