@@ -69,7 +69,7 @@ def kills(folder, dataset, labels, n, n_epochs, seed):
             if len(ends) < n:
                 in_save = kind == signal.SIGKILL and len(ends) % 2 == 0
                 # Most live long enough to save an epoch or two (a process starts for six seconds), and none to the end.
-                ended = _end(process, kind, out, in_save, rng.uniform(2, 6 + 2 * max(seconds - 6, 0) / n))
+                ended = _end(process, kind, out, in_save, rng.uniform(2, 6 + max(seconds - 6, 0) / n))
                 if ended:
                     ends.append(ended)
             stderr = process.communicate()[1]
