@@ -13,7 +13,7 @@ def main():
     import torch
     import torch.nn.functional as F
 
-    from datasets.camera_poses import CameraPoseDataset, Images, test_transform, train_batches, train_transform
+    from datasets.camera_poses import CameraPoseDataset, Images, test_batches, test_transform, train_batches, train_transform
     from datasets.labels import log_summary
     from models import load_apr
     from util import engine
@@ -28,8 +28,8 @@ def main():
     if args.mode != "train" and args.checkpoint_path is None:
         raise UserError(f"{args.mode} needs --checkpoint_path, the weights of the APR")
     if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
-        raise UserError("predict takes images in the place of the dataset, - in that of the label file, and --predictions_path, where the "
-                        "poses go")
+        raise UserError("predict takes images in the place of the dataset, - in that of the label file, and --predictions_path, "
+                        "where the poses go")
     if freeze and not multi_scene:
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 
@@ -66,8 +66,18 @@ def main():
                 loss = loss + F.nll_loss(result["scene_log_distr"], batch["scene"])
             return loss, result["pose"]
 
+        if args.val_labels_file is not None:
+            seen = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names or dataset.scene_names)
+            seen.cache_frames(args.cache_dir, config.get("cache_memory_gb"))
+            seen_batches = test_batches(seen, config.get("test_batch_size", engine.TEST_BATCH_SIZE), config["n_workers"])
+
+            def validate():
+                found = engine.answers(run, seen_batches, lambda batch: {"pose": infer(apr, batch["img"])["pose"]}, "validation")
+                return found["pose"], seen.poses
+
         batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
-        engine.train(run, apr, pose_loss, batches, step, cli.about(run, args.model_name, dataset.scene_names))
+        engine.train(run, apr, pose_loss, batches, step, cli.about(run, args.model_name, dataset.scene_names),
+                     validate=validate if args.val_labels_file is not None else None)
     elif args.mode == "predict":
         apr.eval()
         images = Images(args.dataset_path)

@@ -35,7 +35,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
-        latents = compute_latents(run, apr, dataset)
+        latents = compute_latents(run, apr, dataset, n_views(config))
         teacher = queries_of(latents)
         poses, teacher_latents, scenes = (teacher[key] for key in ("pose", "latents", "scene"))  # the true poses here
         if args.encoder_checkpoint_path is None:
@@ -58,10 +58,16 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
         def fit_noise():
             encoder.fit_noise(poses[of_noise], scenes[of_noise], teacher_latents[of_noise])
 
+        if args.val_labels_file is not None:
+            seen = compute_latents(run, apr, CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names))
+
+            def validate():
+                return apr.regress(*encoder(seen["estimate"], seen.get("scene"))), seen["pose"]
+
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():
             engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names),
-                         before_save=fit_noise)
+                         before_save=fit_noise, validate=validate if args.val_labels_file is not None else None)
     else:
         encoder.eval()
 

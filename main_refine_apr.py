@@ -58,7 +58,7 @@ def main():
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
-        latents = compute_latents(run, apr, dataset)
+        latents = compute_latents(run, apr, dataset, n_views(config))
         latents = {**queries_of(latents), "estimate": latents["estimate"], "row": latents["row"]}  # 'pose' is the truth here
         if args.rpr_checkpoint_path is None:
             refiner.fit_inputs(latents["latents"], latents["estimate"], latents["pose"])
@@ -68,9 +68,16 @@ def main():
             pose = refiner(batch["latents"], batch["estimate"])
             return pose_loss(pose, batch["pose"]), pose
 
+        if args.val_labels_file is not None:
+            seen = compute_latents(run, apr, CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names))
+
+            def validate():
+                return refiner(queries_of(seen)["latents"], seen["estimate"]), seen["pose"]
+
         batches = latent_batches(latents, config["batch_size"], run.seed, n_views(config))
         with one_thread():
-            engine.train(run, refiner, pose_loss, batches, step, cli.about(run, "refiner of " + args.model_name, names))
+            engine.train(run, refiner, pose_loss, batches, step, cli.about(run, "refiner of " + args.model_name, names),
+                         validate=validate if args.val_labels_file is not None else None)
         return
 
     if args.mode == "test":

@@ -51,6 +51,9 @@ def parser(description, models, modes=("train", "test")):
     arguments.add_argument("--cache_dir", metavar="DIR",
                            help="keep decoded frames in a file of this folder, for this run and later ones (default: in "
                                 "memory while training)")
+    arguments.add_argument("--val_labels_file", metavar="VAL.csv",
+                           help="in training: test on these labels every n_freq_validate epochs, and keep the best weights apart, in "
+                                "run_<stamp>_best.pth (default: none)")
     arguments.add_argument("--resume", metavar="RUN",
                            help="go on with a training from its last whole epoch: the stamp in its files' names, or 'latest' of "
                                 "--output_dir; all else as it was given (default: a new training)")
@@ -104,6 +107,8 @@ def start(args, suffix="", sections=()):
     global _training
     if args.resume and args.mode != "train":
         raise UserError("--resume is for training; leave it out otherwise")
+    if args.val_labels_file and args.mode != "train":
+        raise UserError("--val_labels_file is for training; leave it out otherwise")
     if args.predictions_path:
         _check_predictions_path(args)
     prefix = _start_log(args, suffix) if processes.rank() == 0 else None

@@ -34,7 +34,7 @@ def _choice(*values):
 
 # Every key, what its value must be, and whether a value is that.
 KEYS = {
-    "n_freq_print": _COUNT, "n_freq_checkpoint": _COUNT, "n_workers": _COUNT_OR_0,
+    "n_freq_print": _COUNT, "n_freq_checkpoint": _COUNT, "n_freq_validate": _COUNT, "n_workers": _COUNT_OR_0,
     "device_id": ("a device's name", lambda value: isinstance(value, str)),
     "precision": _choice("fp32", "bf16", "fp16", "auto"), "cache_memory_gb": _NUMBER_OR_0,
     "batch_size": _COUNT, "test_batch_size": _COUNT, "latent_views": _COUNT_OR_0, "equalize_scenes": _FLAG, "num_scenes": _COUNT, "scene_names": _NAMES,

@@ -16,7 +16,7 @@ from models.checkpoints import save_weights
 from models.precision import resolve
 from util import processes, resume, signals
 from util.errors import UserError
-from util.metrics import pose_err
+from util.metrics import medians, pose_err
 from util.plots import plot_loss
 from util.progress import progress
 
@@ -24,7 +24,7 @@ TEST_BATCH_SIZE = 32
 N_TIMED, N_WARM_UP = 20, 3  # single frames whose time a test takes, and calls before
 
 
-def train(run, model, pose_loss, batches, step, about, before_save=lambda: None):
+def train(run, model, pose_loss, batches, step, about, before_save=lambda: None, validate=None):
     """Train a model and write its weights.
 
     run: of cli.start.
@@ -35,6 +35,8 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
         the label file's row.
     about: what the JSON beside the weights says.
     before_save: called before weights are saved, for what the model keeps beside its parameters.
+    validate: () -> (estimated, true poses), two of M x 7, of the model as it is: called every `n_freq_validate` epochs and logged.
+        The weights with the smallest median position error so far are kept in <prefix>_best.pth.
 
     Adam and a step schedule by the config. Every n_freq_checkpoint epochs the weights go to <prefix>_checkpoint-<epoch>.pth
     and at the end to <prefix>_final.pth, the picture of the loss to <prefix>_loss_fig.png. The final weights are the mean
@@ -58,9 +60,10 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     tracked = [int(module.num_batches_tracked) for module in norms]
     first_epoch, averaged, n_averaged = 0, [], 0
+    best = []  # in validation: the median position error and its epoch
     samples, losses = array("d"), array("d")  # of every step: the samples up to it, and its loss
     if run.resumed:
-        first_epoch, averaged, n_averaged, tracked, samples, losses = _restore(
+        first_epoch, averaged, n_averaged, best, tracked, samples, losses = _restore(
             run, model, pose_loss, optimizer, scaler, len(norms), about.get("scene_names"))
     n_steps = len(losses) + max(n_epochs - first_epoch, 0) * len(batches(first_epoch))
     begin_average = n_steps * (1 - config.get("average_last", 0))
@@ -106,6 +109,15 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
                         errors = (e.mean().item() for e in pose_err(estimate.detach(), batch["pose"]))
                         logging.info("[Batch-{}/Epoch-{}] running camera pose loss: {:.3f}, camera pose error: {:.2f}[m], "
                                      "{:.2f}[deg]".format(i + 1, epoch + 1, running_loss / n_epoch_samples, *errors))
+                if validate and (epoch + 1) % config.get("n_freq_validate", 1) == 0:
+                    position, text = _validate(model, validate, precision)
+                    is_best = not best or position < best[0]
+                    logging.info("Validation after epoch %d: median pose error: %s%s", epoch + 1, text, ", the best so far" if is_best else "")
+                    if is_best:
+                        best = [position, epoch + 1]
+                        if first:
+                            before_save()
+                            save_weights(f"{run.prefix}_best.pth", model.state_dict(), {**about, "epoch": epoch + 1})
                 checkpoint_due = first and (epoch + 1) % n_freq_checkpoint == 0
                 state_due = first and (epoch + 1 == n_epochs or time.monotonic() - saved > 20 * saving)
                 if checkpoint_due or state_due:
@@ -118,7 +130,7 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
                     resume.write(run.prefix, {
                         "epoch": epoch + 1, "weights": model.state_dict(), "loss": pose_loss.state_dict(),
                         "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(), "averaged": averaged,
-                        "n_averaged": n_averaged, "tracked": tracked, "history": torch.from_numpy(np.array([samples, losses])),
+                        "n_averaged": n_averaged, "best": best, "tracked": tracked, "history": torch.from_numpy(np.array([samples, losses])),
                         "random": _random_state(run.device), "scene_names": about.get("scene_names"), "settings": run.settings})
                     saved = time.monotonic()
                     saving = saved - begin
@@ -128,6 +140,10 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None)
             trained = [norm for norm, n_batches in zip(norms, tracked) if norm.num_batches_tracked > n_batches]  # not frozen ones
             _take(averaged, model, trained, batches(n_epochs), lambda batch: step(to_device(batch, run.device)), received)
 
+        if validate:
+            logging.info("Validation of the final weights: median pose error: %s", _validate(model, validate, precision)[1])
+            if best:
+                logging.info("Best in validation: those after epoch %d, %s_best.pth", best[1], run.prefix)
         processes.first_alone()
         before_save()
         logging.info("Training completed")
@@ -200,6 +216,17 @@ def _take(averaged, model, norms, batches, step, received):
             statistic /= processes.count()
 
 
+@torch.no_grad()
+def _validate(model, validate, precision):
+    """The median position error of a model in its state of testing, and both medians as text."""
+    training_precision, model.precision = model.precision, precision
+    model.eval()
+    estimate, truth = (poses.cpu() for poses in validate())
+    model.train()
+    model.precision = training_precision
+    return float(np.median(pose_err(estimate, truth)[0].numpy())), medians(estimate, truth)
+
+
 def _stop_at(run, problem, batch, estimate):
     """Raise UserError for numbers that are not finite: which, in what frames, and what to try."""
     rows, finite = batch["row"].tolist(), torch.isfinite((estimate.detach() - batch["pose"]).square().sum(dim=1)).tolist()
@@ -222,7 +249,7 @@ def _random_state(device):
 
 def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
     """Put modules, optimiser and random numbers into the state of run.resumed. Returns the epochs it has had, the averaged weights
-    and the number of steps averaged, batch norm's counters before the first step, and the samples and losses of every step."""
+    and the number of steps averaged, the best in validation, batch norm's counters before the first step, and the samples and losses of every step."""
     state = run.resumed
     if state["scene_names"] != scene_names:
         raise UserError(f"--resume {run.args.resume}: the model's scenes were {state['scene_names']} and are {scene_names} now; give them in "
@@ -241,6 +268,7 @@ def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
         averaged = [mean.to(run.device) for mean in state["averaged"]]
         if averaged and [mean.shape for mean in averaged] != [parameter.shape for parameter in model.parameters()]:
             raise ValueError("other weights were averaged")
+        best = [float(state["best"][0]), int(state["best"][1])] if state["best"] else []
         if [type(n) for n in state["tracked"]] != [int] * n_norms:
             raise ValueError("other batch norms")
         for parameter, moments in optimizer.state.items():
@@ -250,7 +278,7 @@ def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"--resume {run.args.resume}: the state does not fit this training: {str(error)[:200]}") from error
     run.resumed = None  # it is as large as the training itself
-    return state["epoch"], averaged, state["n_averaged"], state["tracked"], samples, losses
+    return state["epoch"], averaged, state["n_averaged"], best, state["tracked"], samples, losses
 
 
 @torch.inference_mode()
@@ -282,6 +310,13 @@ def evaluate(run, estimate, dataset):
     # Single frames last, when no worker decodes any more; the first calls build and warm up, their time says nothing.
     alone = [milliseconds(lambda: estimate(frame), run.device)[0] for frame in [singles[0]] * N_WARM_UP + singles]
     return {**results, "milliseconds_alone": torch.tensor(alone[N_WARM_UP:])}
+
+
+def answers(run, batches, answer, desc):
+    """What a function answers to batches, as `test_batches` makes them: batch on the device -> dict of N x ... tensors. Returns
+    the dict of all frames' tensors, those of other processes too, in order."""
+    results = [answer(to_device(batch, run.device)) for batch in progress(batches, desc=desc, unit="batch")]
+    return processes.merge(concatenate(results))
 
 
 def concatenate(results):

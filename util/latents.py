@@ -7,8 +7,7 @@ import torch
 
 from datasets.camera_poses import epoch_order, test_batches, test_transform, train_transform
 from util import processes
-from util.engine import TEST_BATCH_SIZE, concatenate, synchronize, to_device
-from util.progress import progress
+from util.engine import TEST_BATCH_SIZE, answers, concatenate, synchronize
 
 
 def freeze(*modules):
@@ -52,27 +51,26 @@ def one_thread():
 
 
 @torch.no_grad()
-def compute_latents(run, apr, dataset):
-    """Run a frozen APR over a dataset once, in batches of `test_batch_size`; with `latent_views` K in the config K times,
-    over the views that the dataset's transform makes in epochs 0 to K-1.
+def compute_latents(run, apr, dataset, n_views=1):
+    """Run a frozen APR over a dataset once, in batches of `test_batch_size`; or n_views times, over the views that the dataset's
+    transform makes in epochs 0 to n_views - 1.
 
-    run: of cli.start. Returns tensors on the device, K N rows in the dataset's order, view after view: 'latent_x',
+    run: of cli.start. Returns tensors on the device, n_views N rows in the dataset's order, view after view: 'latent_x',
     'latent_q', 'estimate' (the APR's raw pose), 'pose' (the truth), 'row' (the label file's) and, of multi-scene models,
     'scene' (the APR's). Several processes share the frames; the first one returns, the others end.
     """
     config = run.config
-    if run.args.cache_dir or n_views(config) > 1:
+    if run.args.cache_dir or n_views > 1:
         dataset.cache_frames(run.args.cache_dir, config.get("cache_memory_gb"))
-    views, begin = [], time.perf_counter()
-    for view in range(n_views(config)):
-        results = []
-        batches = test_batches(dataset, config.get("test_batch_size", TEST_BATCH_SIZE), config["n_workers"], epoch=view)
-        for batch in progress(batches, desc="latents", unit="batch"):
-            batch = to_device(batch, run.device)
-            result = infer(apr, batch["img"])
-            results.append({"estimate": result["pose"], "pose": batch["pose"], "row": batch["row"],
-                            **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}})
-        views.append(processes.merge(concatenate(results)))
+
+    def answer(batch):
+        result = infer(apr, batch["img"])
+        return {"estimate": result["pose"], "pose": batch["pose"], "row": batch["row"],
+                **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}}
+
+    begin, n_workers = time.perf_counter(), config["n_workers"]
+    views = [answers(run, test_batches(dataset, config.get("test_batch_size", TEST_BATCH_SIZE), n_workers, epoch=view), answer, "latents")
+             for view in range(n_views)]
     processes.first_alone()
     latents = {key: value.to(run.device) for key, value in concatenate(views).items()}
     synchronize(run.device)

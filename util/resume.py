@@ -16,9 +16,9 @@ from util.errors import UserError
 LATEST = "latest"
 _STAMP = r"\d\d(?:_\d\d){4}(?:_\d+)?"
 # What may differ in a run that goes on: nothing of it changes the result.
-_FREE = ("n_freq_print", "n_freq_checkpoint", "n_workers", "device_id", "cache_memory_gb")
+_FREE = ("n_freq_print", "n_freq_checkpoint", "n_freq_validate", "n_workers", "device_id", "cache_memory_gb")
 # What a state holds.
-_TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int,
+_TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int, "best": list,
           "tracked": list, "random": dict, "settings": str, "scene_names": object, "history": object}
 KEPT = 2
 
@@ -48,7 +48,8 @@ def find(output_dir, name, suffix):
 
 def settings_of(args, config):
     """What determines a training's result, as JSON: the config and the seed, and digests of the files it learns from."""
-    files = {name: _digest(getattr(args, name)) for name in ("labels_file", "apr_checkpoint_path") if hasattr(args, name)}
+    files = {name: _digest(path) for name in ("labels_file", "val_labels_file", "apr_checkpoint_path")
+             if (path := getattr(args, name, None)) is not None}
     return json.dumps({"model": args.model_name, "seed": args.seed, "config": config, "files": files})
 
 
@@ -72,9 +73,9 @@ def check_settings(state, settings, given):
     """Raise UserError where what determines the result differs from what it was. given: config keys that --set names now,
     which may."""
     before, now = json.loads(state["settings"]), json.loads(settings)
-    for name, path_digest in now["files"].items():
-        if before["files"].get(name) != path_digest:
-            raise UserError(f"--resume: the content of the {name.replace('_', ' ')} is not what it was when this training began; "
+    for name in {**before["files"], **now["files"]}:
+        if before["files"].get(name) != now["files"].get(name):
+            raise UserError(f"--resume: the content of the {str(name).replace('_', ' ')} is not what it was when this training began; "
                             "give the file as it was, or start a new training")
     for key in ("model", "seed"):
         if before.get(key) != now[key]:

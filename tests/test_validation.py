@@ -1,0 +1,89 @@
+"""--val_labels_file: what is logged is what a test finds, and the best weights are those of the epoch that the log names."""
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write_scene
+
+from util import engine
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    root = tmp_path_factory.mktemp("validation")
+    for split, n in (("train", 8), ("test", 5)):
+        write_labels(root / f"{split}.csv", write_scene(root, "attic", n, split))
+    return root
+
+
+def arguments(layout, mode, out, *more, **settings):
+    labels = layout / ("train.csv" if mode == "train" else "test.csv")
+    validation = ["--val_labels_file", layout / "test.csv"] if mode == "train" else []
+    return ["posenet", mode, "none", layout, labels, ROOT / "config.json", *more, *validation, "--output_dir", layout / out,
+            "--set", "backbone_type=mobilenet", "hidden_dim=16", "n_epochs=5", "batch_size=4", "n_workers=0", "precision=fp32",
+            "lr=1e-3", "n_freq_checkpoint=1", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def logged(output):
+    """{epoch: medians} of the validations, the epoch that the log names as the best, and the final weights' medians."""
+    found = dict(re.findall(r"^Validation after epoch (\d+): median pose error: (\S+, \S+?\])", output, flags=re.MULTILINE))
+    return ({int(epoch): text for epoch, text in found.items()},
+            int(re.search(r"^Best in validation: those after epoch (\d+), ", output, flags=re.MULTILINE)[1]),
+            re.search("^Validation of the final weights: median pose error: (.*)$", output, flags=re.MULTILINE)[1])
+
+
+def found_in_test(layout, script, *weights, mode="test"):
+    output = run_here(script, *arguments(layout, mode, "tested", *weights, "--predictions_path", layout / "predictions.csv"))
+    errors = pd.read_csv(layout / "predictions.csv")["position_error_m"]
+    return re.search("^Median pose error: (.*)$", output, flags=re.MULTILINE)[1], np.median(errors)
+
+
+def test_the_best_weights_are_those_of_the_epoch_that_the_log_names(layout):
+    output = run_here("main.py", *arguments(layout, "train", "apr"))
+    apr = weights_of(output)
+    scripts = {"main.py": (output, ["--checkpoint_path"]),
+               "main_learn_pose_encoding.py": (run_here("main_learn_pose_encoding.py", *arguments(layout, "train", "pae", apr, latent_views=2)),
+                                               [apr, "--encoder_checkpoint_path"]),
+               "main_refine_apr.py": (run_here("main_refine_apr.py", *arguments(layout, "train", "rpr", apr, "none")),
+                                      [apr, "none", "--rpr_checkpoint_path"])}
+    for script, (output, weights) in scripts.items():
+        validations, best, final = logged(output)
+        assert sorted(validations) == [1, 2, 3, 4, 5]
+        prefix = str(weights_of(output)).removesuffix("_final.pth")
+        assert json.loads(open(f"{prefix}_best.json").read())["epoch"] == best
+        medians = {epoch: found_in_test(layout, script, *weights, f"{prefix}_checkpoint-{epoch}.pth") for epoch in validations}
+        assert {epoch: text for epoch, (text, _) in medians.items()} == validations
+        assert best == min(medians, key=lambda epoch: medians[epoch][1])
+        assert found_in_test(layout, script, *weights, f"{prefix}_best.pth")[0] == validations[best]
+        assert found_in_test(layout, script, *weights, weights_of(output))[0] == final
+
+
+def test_validation_changes_no_training_and_goes_on_with_it(layout, monkeypatch):
+    listed = arguments(layout, "train", "validated", n_freq_validate=2)
+    whole = run_here("main.py", *listed)
+    assert sorted(logged(whole)[0]) == [2, 4]
+    without = [part for part in arguments(layout, "train", "plain") if part not in ("--val_labels_file", layout / "test.csv")]
+    first, second = (torch.load(weights_of(output)) for output in (whole, run_here("main.py", *without)))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+    sums, steps = engine._start_sums, []
+    monkeypatch.setattr(engine, "_start_sums", lambda *args: (steps.append(1), len(steps) == 7 and os.kill(os.getpid(), signal.SIGTERM),
+                                                              sums(*args))[-1])
+    listed = arguments(layout, "train", "stopped", n_freq_validate=2)
+    status, said = fails_here("main.py", *listed)
+    assert status == 143
+    at = listed.index("--output_dir")
+    output = run_here("main.py", *listed[:at], "--resume", "latest", *listed[at:])
+    assert logged(output)[1:] == logged(whole)[1:]
+    weights = [torch.load(str(weights_of(run)).replace("_final", "_best")) for run in (whole, output)]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_validation_is_for_training(layout):
+    status, said = fails_here("main.py", *arguments(layout, "test", "tested", "--val_labels_file", layout / "test.csv"))
+    assert status == 2 and "--val_labels_file is for training" in said
