@@ -112,7 +112,8 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
                 if validate and (epoch + 1) % config.get("n_freq_validate", 1) == 0:
                     position, text = _validate(model, validate, precision)
                     is_best = not best or position < best[0]
-                    logging.info("Validation after epoch %d: median pose error: %s%s", epoch + 1, text, ", the best so far" if is_best else "")
+                    logging.info("Validation after epoch %d: median pose error: %s%s", epoch + 1, text,
+                                 ", the best so far" if is_best else "")
                     if is_best:
                         best = [position, epoch + 1]
                         if first:
@@ -130,8 +131,9 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
                     resume.write(run.prefix, {
                         "epoch": epoch + 1, "weights": model.state_dict(), "loss": pose_loss.state_dict(),
                         "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(), "averaged": averaged,
-                        "n_averaged": n_averaged, "best": best, "tracked": tracked, "history": torch.from_numpy(np.array([samples, losses])),
-                        "random": _random_state(run.device), "scene_names": about.get("scene_names"), "settings": run.settings})
+                        "n_averaged": n_averaged, "best": best, "tracked": tracked, "random": _random_state(run.device),
+                        "history": torch.from_numpy(np.array([samples, losses])), "scene_names": about.get("scene_names"),
+                        "settings": run.settings})
                     saved = time.monotonic()
                     saving = saved - begin
 
@@ -229,18 +231,20 @@ def _validate(model, validate, precision):
 
 def _stop_at(run, problem, batch, estimate):
     """Raise UserError for numbers that are not finite: which, in what frames, and what to try."""
-    rows, finite = batch["row"].tolist(), torch.isfinite((estimate.detach() - batch["pose"]).square().sum(dim=1)).tolist()
+    rows = batch["row"].tolist()
+    finite = torch.isfinite((estimate.detach() - batch["pose"]).square().sum(dim=1)).tolist()
     shares = processes.gather((rows, [row for row, good in zip(rows, finite) if not good]))
     rows, bad = (sorted({row for share in part for row in share}) for part in zip(*shares))
-    raise UserError(f"{problem}; frames: rows {', '.join(map(str, bad or rows))} of {run.args.labels_file}; {resume.advice(run)}; try a "
-                    "smaller lr, or precision=fp32, with --set, and look at these frames (python -m datasets.labels check)")
+    listed = ", ".join(map(str, bad or rows))
+    raise UserError(f"{problem}; frames: rows {listed} of {run.args.labels_file}; {resume.advice(run)}; try a smaller lr, or "
+                    "precision=fp32, with --set, and look at these frames (python -m datasets.labels check)")
 
 
 def _check_finite(run, parameters, epoch):
     """Raise UserError where gradients have made weights that are not finite, though every loss was."""
     if not all(torch.isfinite(parameter).all() for parameter in parameters):
-        raise UserError(f"epoch {epoch + 1}: the weights after it are not finite; {resume.advice(run)}; try a smaller lr, or precision=fp32, "
-                        "with --set")
+        raise UserError(f"epoch {epoch + 1}: the weights after it are not finite; {resume.advice(run)}; try a smaller lr, or "
+                        "precision=fp32, with --set")
 
 
 def _random_state(device):
@@ -252,8 +256,8 @@ def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
     and the number of steps averaged, the best in validation, batch norm's counters before the first step, and the samples and losses of every step."""
     state = run.resumed
     if state["scene_names"] != scene_names:
-        raise UserError(f"--resume {run.args.resume}: the model's scenes were {state['scene_names']} and are {scene_names} now; give them in "
-                        "their order with --set scene_names=... or as they were given")
+        raise UserError(f"--resume {run.args.resume}: the model's scenes were {state['scene_names']} and are {scene_names} now; "
+                        "give them in their order with --set scene_names=... or as they were given")
     try:
         model.load_state_dict(state["weights"])
         pose_loss.load_state_dict(state["loss"])

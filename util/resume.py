@@ -18,8 +18,8 @@ _STAMP = r"\d\d(?:_\d\d){4}(?:_\d+)?"
 # What may differ in a run that goes on: nothing of it changes the result.
 _FREE = ("n_freq_print", "n_freq_checkpoint", "n_freq_validate", "n_workers", "device_id", "cache_memory_gb")
 # What a state holds.
-_TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int, "best": list,
-          "tracked": list, "random": dict, "settings": str, "scene_names": object, "history": object}
+_TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int,
+          "best": list, "tracked": list, "random": dict, "settings": str, "scene_names": object, "history": object}
 KEPT = 2
 
 
@@ -116,7 +116,8 @@ def advice(run):
     for i in [i for i, word in enumerate(words) if word.split("=")[0] == "--resume"]:
         del words[i:i + (1 if "=" in words[i] else 2)]
     stamp = re.search(f"run_({_STAMP})", os.path.basename(run.prefix))[1]
-    return f"it is saved up to epoch {states[0][0]}; go on with: {processes.launcher()} {shlex.join([sys.argv[0], *words, '--resume', stamp])}"
+    command = shlex.join([sys.argv[0], *words, "--resume", stamp])
+    return f"it is saved up to epoch {states[0][0]}; go on with: {processes.launcher()} {command}"
 
 
 def _remove(paths):
