@@ -22,7 +22,7 @@ from util import processes, resume
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SETTINGS = ["--set", "backbone_type=efficientnet", "hidden_dim=16", "batch_size=8", "n_workers=0", "n_epochs=100", "precision=fp32",
-            "no_augment=true", "lr=1e-4", "learnable=false", "s_x=1", "s_q=1", "average_last=0"]
+            "no_augment=true", "lr=1e-4", "learnable=true", "s_x=0", "s_q=0", "average_last=0"]
 
 
 @pytest.fixture(scope="module")
