@@ -5,7 +5,6 @@ torch.distributed's `*_object` functions send pickles, between the processes of 
 import datetime
 import os
 import sys
-import warnings
 
 from util.errors import UserError
 
@@ -45,8 +44,6 @@ def join(device):
     import torch.distributed as dist
 
     if under_torchrun():
-        # That some models have none would be said once a process.
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
