@@ -13,7 +13,7 @@ def main():
     import torch
     import torch.nn.functional as F
 
-    from datasets.camera_poses import CameraPoseDataset, Images, test_batches, test_transform, train_batches, train_transform
+    from datasets.camera_poses import CameraPoseDataset, Images, test_transform, train_batches, train_transform
     from datasets.labels import log_summary
     from models import load_apr
     from util import engine
@@ -69,10 +69,10 @@ def main():
         if args.val_labels_file is not None:
             seen = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names or dataset.scene_names)
             seen.cache_frames(args.cache_dir, config.get("cache_memory_gb"))
-            seen_batches = test_batches(seen, config.get("test_batch_size", engine.TEST_BATCH_SIZE), config["n_workers"])
+            seen_frames = engine.frames_of(run, seen)
 
             def validate():
-                found = engine.answers(run, seen_batches, lambda batch: {"pose": infer(apr, batch["img"])["pose"]}, "validation")
+                found = engine.answers(run, seen_frames, lambda batch: {"pose": infer(apr, batch["img"])["pose"]}, "validation")
                 return found["pose"], seen.poses
 
         batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,8 +62,6 @@ def _begin(folder):
     os.chdir(home)
     rng = random.Random(0)
     lines = ["scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4"]
-    from PIL import Image
-
     for i in range(4):
         name = f"attic/seq-01/frame-{i:06d}.color.{'png' if i < 3 else 'jpg'}"
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +94,9 @@ def _begin(folder):
         path.unlink()
 
 
-def _test(*more, labels="labels.csv", config="config.json", model="posenet", script="main.py", weights=None):
+def _test(*more, model="posenet", script="main.py", weights=None):
     weights = weights or ["--checkpoint_path", f"{model}.pth"]
-    return [script, model, "test", "none", ".", labels, config, *weights, *more]
+    return [script, model, "test", "none", ".", "labels.csv", "config.json", *weights, *more]
 
 
 def _train(*more, backbone="none"):

@@ -124,8 +124,8 @@ def steps(folder, n):
     common = ["posenet", "train", "none", dataset, labels, "config.json"]
     settings = ["--output_dir", str(folder), "--set", *SETTINGS, "batch_size=1", "n_epochs=10", "n_workers=0", "n_freq_checkpoint=1000",
                 "average_last=0"]
-    apr, result = None, {}
-    for script, more in (("main.py", []), ("main_learn_pose_encoding.py", [f"{folder}/apr.pth"])):
+    apr, result = f"{folder}/apr.pth", {}
+    for script, more in (("main.py", []), ("main_learn_pose_encoding.py", [apr])):
         process = subprocess.Popen([sys.executable, script, *common, *more, *settings], stdout=subprocess.PIPE, text=True)
         seen, last = [], ""
         for line in process.stdout:
@@ -133,9 +133,8 @@ def steps(folder, n):
                 seen.append(_resources(process.pid))
             last = line
         assert process.wait() == 0 and len(seen) == 11
-        if apr is None:
-            apr = os.rename(last.strip().removeprefix("Weights: "), f"{folder}/apr.pth")
-            apr = f"{folder}/apr.pth"
+        if script == "main.py":
+            os.rename(last.strip().removeprefix("Weights: "), apr)
         (megabytes, files), (end_megabytes, end_files) = seen[1], seen[-1]
         result[script] = {"steps": n, f"MB after {n // 10}": megabytes, "MB at the end": end_megabytes,
                           "change": f"{100 * (end_megabytes / megabytes - 1):+.2f}%", f"files after {n // 10}": files, "files at the end": end_files}

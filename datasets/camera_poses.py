@@ -188,7 +188,9 @@ def test_batches(dataset, batch_size, n_workers, epoch=0):
 def train_batches(dataset, batch_size, n_workers, seed):
     """A function from an epoch's number to that epoch's batches, shuffled by (seed, epoch) alone. Of several processes each has
     its share of every batch, whose size is that of all shares together, and at least one frame of it."""
-    processes.check_batch_size(batch_size)
+    if batch_size < processes.count():
+        raise UserError(f"batch_size {batch_size} is that of all processes together and must be at least their number, "
+                        f"{processes.count()}")
     sampler = _EpochBatches(len(dataset), batch_size, seed)
     loader = _loader(dataset, sampler, -(-batch_size // processes.count()), n_workers)
 

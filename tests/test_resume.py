@@ -176,9 +176,6 @@ def test_a_run_is_found_by_its_stamp_and_one_that_cannot_go_on_is_named(layout, 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(layout, stopped, monkeypatch):
     sums, steps, model = engine._start_sums, [], []
     monkeypatch.setattr(engine, "_start_sums", lambda loss, *args: steps.append(1) or sums(loss * (float("nan") if len(steps) == 2 else 1), *args))
-    monkeypatch.setattr(engine, "resolve", lambda precision, device: "fp32")
-    save = resume.write
-    monkeypatch.setattr(resume, "write", lambda prefix, state: save(prefix, state))
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, **kwargs: model.append(parameters) or adam(parameters, **kwargs))
     before = newest_first(layout, stopped)

@@ -101,8 +101,8 @@ def start(args, suffix="", sections=()):
     suffix: behind the run's stamp in the names of weights, such as '_pose_encoder'.
     sections: the config sections that this script reads besides the model's.
 
-    Returns a namespace: args, config, settings (of resume.settings_of), resumed (the state to go on from, or None), device,
-    seed, and prefix (of the run's files: DIR/run_<stamp><suffix>).
+    Returns a namespace: args, config, settings (of resume.settings_of, in training), resumed (the state to go on from, or
+    None), device, seed, and prefix (of the run's files: DIR/run_<stamp><suffix>).
     """
     global _training
     if args.resume and args.mode != "train":
@@ -133,9 +133,10 @@ def start(args, suffix="", sections=()):
         torch.cuda.set_device(device)
     processes.join(device)
     prefix = processes.of_first(prefix)
-    started = SimpleNamespace(args=args, config=config, settings=resume.settings_of(args, config), resumed=None, device=device,
-                              seed=args.seed, prefix=prefix + suffix)
+    started = SimpleNamespace(args=args, config=config, settings=None, resumed=None, device=device, seed=args.seed,
+                              prefix=prefix + suffix)
     if args.mode == "train":
+        started.settings = resume.settings_of(args, config)
         _training = started
     if args.resume:
         if processes.rank() == 0:

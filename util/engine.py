@@ -170,8 +170,8 @@ def _start_sums(loss, size, stop):
     """Begin to sum over the processes. loss: the mean over this one's frames, so many; stop: whether it was asked to end.
 
     Returns by what to multiply the loss, so that the mean of the processes' gradients is that over all frames (None in one
-    process), and a function that waits for the sums: () -> (loss over all frames, frames, whether any process was asked to end). Meanwhile a GPU can
-    be given the backward pass.
+    process), and a function that waits for the sums: () -> (loss over all frames, frames, whether any process was asked to
+    end). Meanwhile a GPU can be given the backward pass.
     """
     several = processes.count() > 1
     sums, of_all = loss.detach(), None
@@ -252,8 +252,9 @@ def _random_state(device):
 
 
 def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
-    """Put modules, optimiser and random numbers into the state of run.resumed. Returns the epochs it has had, the averaged weights
-    and the number of steps averaged, the best in validation, batch norm's counters before the first step, and the samples and losses of every step."""
+    """Put modules, optimiser and random numbers into the state of run.resumed. Returns the epochs it has had, the averaged
+    weights and the number of steps averaged, the best in validation, batch norm's counters before the first step, and the
+    samples and losses of every step."""
     state = run.resumed
     if state["scene_names"] != scene_names:
         raise UserError(f"--resume {run.args.resume}: the model's scenes were {state['scene_names']} and are {scene_names} now; "
@@ -297,7 +298,7 @@ def evaluate(run, estimate, dataset):
     """
     if run.args.cache_dir:
         dataset.cache_frames(run.args.cache_dir)
-    batches = test_batches(dataset, run.config.get("test_batch_size", TEST_BATCH_SIZE), run.config["n_workers"])
+    batches = frames_of(run, dataset)
     results, singles = [], []
     with progress(total=len(processes.share(range(len(dataset)))), unit="frame") as bar:
         for batch in batches:
@@ -316,8 +317,13 @@ def evaluate(run, estimate, dataset):
     return {**results, "milliseconds_alone": torch.tensor(alone[N_WARM_UP:])}
 
 
+def frames_of(run, dataset, epoch=0):
+    """A loader of this process's share of a dataset, as tests take it: `test_batches` by the config."""
+    return test_batches(dataset, run.config.get("test_batch_size", TEST_BATCH_SIZE), run.config["n_workers"], epoch)
+
+
 def answers(run, batches, answer, desc):
-    """What a function answers to batches, as `test_batches` makes them: batch on the device -> dict of N x ... tensors. Returns
+    """What a function answers to batches of `frames_of`: batch on the device -> dict of N x ... tensors. Returns
     the dict of all frames' tensors, those of other processes too, in order."""
     results = [answer(to_device(batch, run.device)) for batch in progress(batches, desc=desc, unit="batch")]
     return processes.merge(concatenate(results))

@@ -5,9 +5,9 @@ import time
 
 import torch
 
-from datasets.camera_poses import epoch_order, test_batches, test_transform, train_transform
+from datasets.camera_poses import epoch_order, test_transform, train_transform
 from util import processes
-from util.engine import TEST_BATCH_SIZE, answers, concatenate, synchronize
+from util.engine import answers, concatenate, frames_of, synchronize
 
 
 def freeze(*modules):
@@ -59,18 +59,16 @@ def compute_latents(run, apr, dataset, n_views=1):
     'latent_q', 'estimate' (the APR's raw pose), 'pose' (the truth), 'row' (the label file's) and, of multi-scene models,
     'scene' (the APR's). Several processes share the frames; the first one returns, the others end.
     """
-    config = run.config
     if run.args.cache_dir or n_views > 1:
-        dataset.cache_frames(run.args.cache_dir, config.get("cache_memory_gb"))
+        dataset.cache_frames(run.args.cache_dir, run.config.get("cache_memory_gb"))
 
     def answer(batch):
         result = infer(apr, batch["img"])
         return {"estimate": result["pose"], "pose": batch["pose"], "row": batch["row"],
                 **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}}
 
-    begin, n_workers = time.perf_counter(), config["n_workers"]
-    views = [answers(run, test_batches(dataset, config.get("test_batch_size", TEST_BATCH_SIZE), n_workers, epoch=view), answer, "latents")
-             for view in range(n_views)]
+    begin = time.perf_counter()
+    views = [answers(run, frames_of(run, dataset, view), answer, "latents") for view in range(n_views)]
     processes.first_alone()
     latents = {key: value.to(run.device) for key, value in concatenate(views).items()}
     synchronize(run.device)

@@ -6,8 +6,6 @@ import datetime
 import os
 import sys
 
-from util.errors import UserError
-
 # While the first decodes all frames of a dataset into a file, the others wait.
 TIMEOUT = datetime.timedelta(hours=2)
 
@@ -115,8 +113,3 @@ def leave():
 
     if count() > 1:
         dist.destroy_process_group()
-
-
-def check_batch_size(batch_size):
-    if batch_size < count():
-        raise UserError(f"batch_size {batch_size} is that of all processes together and must be at least their number, {count()}")
