@@ -46,6 +46,14 @@ def test_evo_reads_the_trajectories_and_finds_our_errors(files, convention, monk
         ape.process_data((truth, estimate))
         assert np.allclose(ape.error, errors, atol=1e-4)
 
+    # Predictions in another order, and without some frames.
+    pd.read_csv(files / "predictions.csv").iloc[[5, 0, 3]].to_csv(files / "some.csv", index=False)
+    status, _, errors = run_module_here(poses, files / "some.csv", files / "some.tum", "--format", "tum", "--convention", convention,
+                                        "--frames", files / "labels.csv")
+    assert not status, errors
+    some = read_tum_trajectory_file(files / "some.tum")
+    assert some.timestamps.tolist() == [0, 3, 5] and np.array_equal(some.positions_xyz, estimate.positions_xyz[[0, 3, 5]])
+
 
 @pytest.mark.parametrize("convention", poses.CONVENTIONS)
 def test_visloc_poses_lead_back_to_the_labels(files, convention):
@@ -68,8 +76,8 @@ def test_labels_of_predictions_are_a_label_file(files):
 
 
 def test_what_cannot_be_converted_is_named(files):
-    def refused(name, form):
-        status, _, errors = run_module_here(poses, files / f"{name}.csv", files / "out.txt", "--format", form, "--convention", "7Scenes")
+    def refused(name, form, *more):
+        status, _, errors = run_module_here(poses, files / f"{name}.csv", files / "out.txt", "--format", form, "--convention", "7Scenes", *more)
         assert status == 2 and errors.count("\n") == 1 and not (files / "out.txt").exists()
         return errors
 
@@ -80,5 +88,9 @@ def test_what_cannot_be_converted_is_named(files):
     (files / "no_poses.csv").write_text("img_path\na.png\n")
     assert "no_poses.csv: column 't1' is missing" in refused("no_poses", "tum")
     assert "absent.csv: not a readable label file" in refused("absent", "tum")
+    (files / "others.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000009"))
+    assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames: these are poses of other frames "
+            "(1 of 7)") in refused("others", "tum", "--frames", files / "labels.csv")
+    assert "--frames is for tum" in refused("others", "visloc", "--frames", files / "labels.csv")
     status, _, errors = run_module_here(poses, files / "labels.csv", files / "labels.csv", "--format", "tum", "--convention", "7Scenes")
     assert status == 2 and "is the file to convert" in errors

@@ -89,6 +89,9 @@ def test_what_cannot_be_reproduced_is_named(dataset, printed, tmp_path):
 
     arguments = dataset("7Scenes", ["chess"], 4)
     assert "chess, APR: main.py: error: " in refused(*arguments) and "num_scenes 4, but the config says 7" in refused(*arguments)
+    (tmp_path / "apr.json").write_text('{"scene_names": ["KingsCollege", "OldHospital"]}')
+    assert "apr.pth: trained on KingsCollege, OldHospital, as the JSON beside it says, not on chess" in refused(*arguments)
+    (tmp_path / "apr.json").unlink()
     assert "no scene of CambridgeLandmarks is there" in refused("CambridgeLandmarks", *arguments[1:])
     assert "--solver needs --encoder_checkpoint" in refused(*arguments, "--solver", "mlp")
     assert "a checkpoint of multi-scene PAE, but an APR's is needed" in refused(*arguments[:6], tmp_path / "pae.pth")

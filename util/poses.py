@@ -1,8 +1,9 @@
 """Poses in the formats of other tools.
 
-    python -m util.poses PREDICTIONS.csv OUT --format {tum,visloc,labels} --convention {7Scenes,CambridgeLandmarks}
+    python -m util.poses PREDICTIONS.csv OUT --format {tum,visloc,labels} --convention {7Scenes,CambridgeLandmarks} [--frames LABELS.csv]
 
-PREDICTIONS.csv is what a script wrote with --predictions_path, or a label file. The convention is the dataset's whose labels the APR
+PREDICTIONS.csv is what a script wrote with --predictions_path, or a label file; with --frames its frames are counted as in LABELS.csv, so
+that trajectories of the same frames have the same times, whatever their order. The convention is the dataset's whose labels the APR
 was trained on: 7Scenes' quaternions are camera-to-world, Cambridge's world-to-camera; positions are the camera's in both.
 """
 import argparse
@@ -23,11 +24,20 @@ def camera_to_world(poses, convention):
     return rotations if convention == "7Scenes" else rotations.inv(), poses[:, :3]
 
 
-def tum(table, convention):
-    """Lines of a TUM trajectory: time, position, quaternion x y z w, camera-to-world. The time is the frame's place in the table,
-    from 0."""
+def tum(table, convention, frames=None):
+    """Lines of a TUM trajectory: time, position, quaternion x y z w, camera-to-world. The time is the frame's place, from 0, in the table
+    or among the names in `frames`. Raises UserError for a frame that is not there."""
+    times = range(len(table))
+    if frames is not None:
+        places = {name: i for i, name in reversed(list(enumerate(frames)))}
+        strange = [i for i, name in enumerate(table["img_path"]) if name not in places]
+        if strange:
+            raise UserError(f"row {table['row'][strange[0]]}: img_path '{table['img_path'][strange[0]]}' is not in the file of --frames: these "
+                            f"are poses of other frames ({len(strange)} of {len(table)})")
+        times = [places[name] for name in table["img_path"]]
     rotations, positions = camera_to_world(poses_of(table), convention)
-    return [f"{i} {_numbers(pose)}" for i, pose in enumerate(np.hstack((positions, rotations.as_quat())))]
+    poses = np.hstack((positions, rotations.as_quat()))
+    return [f"{time} {_numbers(pose)}" for time, pose in sorted(zip(times, poses), key=lambda line: line[0])]
 
 
 def visloc(table, convention):
@@ -55,7 +65,12 @@ def main():
                         help="tum: a trajectory (for evo), the frame's place in the file as time, camera-to-world, quaternion x y z w; visloc: "
                              "name qw qx qy qz tx ty tz, world-to-camera; labels: a label file")
     parser.add_argument("--convention", required=True, choices=CONVENTIONS, help="the dataset whose quaternions the file has")
+    parser.add_argument("--frames", metavar="LABELS.csv",
+                        help="tum: count the frames as in this file, so that trajectories of the same frames have the same times (default: as "
+                             "in PREDICTIONS.csv)")
     args = parser.parse_args()
+    if args.frames and args.format != "tum":
+        raise UserError(f"--frames is for tum, which counts frames; leave it out with {args.format}")
     if same_file(args.predictions, args.output):
         raise UserError(f"{args.output} is the file to convert, which stays as it is; name another")
     if args.format == "labels":
@@ -63,8 +78,9 @@ def main():
         write_labels(args.output, table)
     else:
         table = read_labels(args.predictions, ["img_path", *POSE_COLUMNS])
+        frames = read_labels(args.frames, ["img_path", *POSE_COLUMNS])["img_path"] if args.frames else None
         try:
-            lines = {"tum": tum, "visloc": visloc}[args.format](table, args.convention)
+            lines = visloc(table, args.convention) if args.format == "visloc" else tum(table, args.convention, frames)
         except UserError as error:
             raise UserError(f"{args.predictions}: {error}") from error
         with whole_file(args.output) as file:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from models import APR_NAMES, SINGLE_SCENE_APRS
-from models.checkpoints import describe, read_weights
+from models.checkpoints import describe, read_about, read_weights
 from util.errors import UserError
 from util.files import whole_file
 from util.progress import progress
@@ -88,6 +88,9 @@ def model_of(checkpoint, scene):
                         "is needed")
     if model in SINGLE_SCENE_APRS and path == checkpoint:
         raise UserError(f"--apr_checkpoint {path}: a model of one scene; give the path of each scene's with {{scene}} in the place of its name")
+    trained_on = read_about(path).get("scene_names")
+    if isinstance(trained_on, list) and scene not in trained_on:
+        raise UserError(f"--apr_checkpoint {path}: trained on {', '.join(map(str, trained_on))}, as the JSON beside it says, not on {scene}")
     return model, [f"{key}={found[key]}" for key in ("backbone_type", "hidden_dim", "dim_feedforward") if key in found]
 
 
