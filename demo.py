@@ -2,7 +2,7 @@
 
     python demo.py [--multiscene]
 
-Runs the commands of the README one after the other, each printed as it would be typed, and ends with a table and a picture.
+Runs the commands of the README one after the other, each printed as it would be typed, and ends with a table and the names of pictures.
 """
 import argparse
 import os
@@ -45,48 +45,50 @@ def main():
     run("-m", "datasets.prepare_7scenes", data, "--labels_path", labels)
     training_labels = f"{labels}/7scenes_all_scenes.csv"
 
-    def train(script, *weights, more=()):
-        return run(script, model, "train", "none", data, training_labels, "config.json", *weights, "--output_dir", out,
-                   *settings, *more)
+    def train(script, *arguments, more=()):
+        lines = run(script, model, "train", "none", data, training_labels, "config.json", *arguments, "--output_dir", out,
+                    *settings, *more)
+        return lines[-1].removeprefix("Weights: "), lines[-2].removeprefix("Picture: ")
 
     def test(script, name, *weights, mode="test"):
-        for room in names:
-            run(script, model, mode, "none", data, f"{labels}/abs_7scenes_pose.csv_{room}_test.csv", "config.json", *weights,
-                "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)
+        return [run(script, model, mode, "none", data, f"{labels}/abs_7scenes_pose.csv_{room}_test.csv", "config.json", *weights,
+                    "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)[-1].removeprefix("Pictures: ") for room in names]
 
     pae_script = "main_learn_pose_encoding.py" if rooms == 1 else "main_learn_multiscene_pose_encoding.py"
-    apr = train("main.py", more=TRAINING[model])
+    # The test walk shows how the training goes; the weights that are tested do not depend on it.
+    validation = ["--val_labels_file", f"{labels}/abs_7scenes_pose.csv_{names[0]}_test.csv"]
+    apr, picture = train("main.py", *validation, more=TRAINING[model])
     test("main.py", "apr", "--checkpoint_path", apr)
-    pae = train(pae_script, apr, more=AUXILIARY)
+    pae, _ = train(pae_script, apr, more=AUXILIARY)
     test(pae_script, "pae", apr, "--encoder_checkpoint_path", pae)
-    test("main_refine_apr.py", "refined", apr, pae, "--ref_poses_file", training_labels, mode="optimize")
+    of_tests = test("main_refine_apr.py", "refined", apr, pae, "--ref_poses_file", training_labels, mode="optimize")
 
     show(out, training_labels, {room: f"{labels}/abs_7scenes_pose.csv_{room}_test.csv" for room in names})
+    print("\nPictures of the APR's training and of the refined poses:", picture, *", ".join(of_tests).split(", "), sep="\n")
     print(f"{(time.monotonic() - begin) / 60:.1f} minutes in all")
 
 
 def run(*command):
-    """Run a script, showing the command and what it prints but for the lines of frames, batches and settings. Returns the
-    weights that a training names in its last line."""
+    """Run a script, showing the command and what it prints but for the lines of frames, batches and settings. Returns those lines."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
-        line = ""
+        lines = []
         for line in process.stdout:
             if not line.startswith(("Command:", "Running with", "\t", "[Batch-", "Pose error:")):
                 print(line, end="", flush=True)
+                lines.append(line.strip())
     if process.returncode:
         sys.exit(process.returncode)
-    return line.strip().removeprefix("Weights: ")
+    return lines
 
 
 def show(out, training_labels, test_labels):
-    """Print the table of median errors and draw the test paths. test_labels: {scene: label file}."""
+    """Print the table of median errors. test_labels: {scene: label file}."""
     import numpy as np
     import torch
 
     from datasets.labels import poses_of, read_labels
     from util.metrics import pose_err
-    from util.plots import plot_paths
     from util.references import pose_distances
     from util.rotations import mean_quaternion
 
@@ -107,10 +109,6 @@ def show(out, training_labels, test_labels):
     for name, estimates in rows.items():
         position, orientation = (np.median(errors) for errors in pose_err(torch.cat(estimates), torch.cat(truths)))
         print(f"| {name} | {position:.3f} m | {orientation:.3f} deg |")
-    picture = os.path.join(out, "paths.png")
-    plot_paths(picture, {scene: (truths[i][:, :2], {name: rows[name][i][:, :2] for name in ("APR", "refined")})
-                         for i, scene in enumerate(test_labels)})
-    print(f"\nThe test paths from above: {picture}")
 
 
 if __name__ == "__main__":

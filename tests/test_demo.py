@@ -51,7 +51,7 @@ class InThisProcess:
 
 
 @pytest.mark.parametrize("arguments, model, rooms", [([], "posenet", 1), (["--multiscene"], "ems-transposenet", 2)])
-def test_the_demo_ends_with_its_table_and_picture(short_demo, monkeypatch, capfd, arguments, model, rooms):
+def test_the_demo_ends_with_its_table_and_pictures(short_demo, monkeypatch, capfd, arguments, model, rooms):
     folder, commands = short_demo
     if rooms == 2:  # as one room, whose processes are real, and without starting ten more
         monkeypatch.setattr(demo.subprocess, "Popen", InThisProcess)
@@ -76,5 +76,5 @@ def test_the_demo_ends_with_its_table_and_picture(short_demo, monkeypatch, capfd
         train, truth = (pd.read_csv(out / "labels" / f"abs_7scenes_pose.csv_room-{scene}_{split}.csv") for split in ("train", "test"))
         errors += list(((truth[position] - train[position].mean()) ** 2).sum(axis=1) ** 0.5)
     assert table["training mean"].startswith(f"{pd.Series(errors).median():.3f} m")
-    picture = re.search(r"The test paths from above: (.*)", output)[1]
-    assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = re.findall(r"\S+\.png", output.split("\nPictures of the APR's training and of the refined poses:\n")[1])
+    assert len(pictures) == 1 + 4 * rooms and all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)

@@ -3,6 +3,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,19 @@ def test_an_average_that_begins_elsewhere_is_taken_anew(layout, interrupt):
     longer = weights_of(run_here("main.py", *training(layout, "averaged", "--resume", "latest", n_epochs=6, average_last=0.3)))
     whole = weights_of(run_here("main.py", *training(layout, "whole", n_epochs=6, average_last=0.3)))
     first, second = torch.load(whole), torch.load(longer)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_an_average_that_begins_before_the_steps_that_are_left_goes_on(layout, interrupt):
+    interrupt("main.py", training(layout, "late", average_last=0.1), 5)
+    shutil.copytree(layout / "late", layout / "later")
+    again = {"average_last": 0.9, "n_epochs": 6}
+    at_once = weights_of(run_here("main.py", *training(layout, "late", "--resume", "latest", **again)))
+    interrupt("main.py", training(layout, "later", "--resume", "latest", **again), 3)
+    _, said = interrupt("main.py", training(layout, "later", "--resume", "latest", **again), 3)
+    assert re.search("it is saved up to epoch [34]", said)  # in the second process averaging has begun, not where it would have
+    twice = weights_of(run_here("main.py", *training(layout, "later", "--resume", "latest", **again)))
+    first, second = torch.load(at_once), torch.load(twice)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_here, run_well, weights_of, write_labels, write_scene
+from PIL import Image
 
 from datasets.camera_poses import CameraPoseDataset, to_input
 
@@ -86,7 +87,8 @@ def test_training_writes_what_the_published_code_writes(posenet, layout):
     written = {path.name for path in weights.parent.glob(f"{stem}*")}
     assert written == {f"{stem}.log", f"{stem}_loss_fig.png", *(
         f"{stem}_{name}.{kind}" for name in ("checkpoint-1", "checkpoint-2", "final") for kind in ("pth", "json"))}
-    assert (weights.parent / f"{stem}_loss_fig.png").read_bytes().startswith(b"\x89PNG")
+    assert f"\nPicture: {weights.parent / stem}_loss_fig.png\n" in output
+    Image.open(weights.parent / f"{stem}_loss_fig.png").load()
     assert re.search(r"^\[Batch-1/Epoch-2\] running camera pose loss: -?\d+\.\d{3}, camera pose error: \d+\.\d\d\[m\], "
                      r"\d+\.\d\d\[deg\]$", output, flags=re.MULTILINE)
     assert "\nLabels: 6 frames, nothing suspicious\n" in output or "\nLabels: 6 frames, change of" in output  # random poses
@@ -128,6 +130,10 @@ def test_a_test_logs_and_writes_what_it_found(posenet, layout):
     assert lines[at + 2].startswith("Mean pose error: ") and lines[at + 3].startswith("90th percentile: ")
     assert [line.split(":")[0] for line in lines[at + 4:at + 8]] == [
         f"Recall at {limits}" for limits in ("0.1 m/1 deg", "0.25 m/2 deg", "0.5 m/5 deg", "5 m/10 deg")]
+    pictures = lines[-1].removeprefix("Pictures: ").split(", ")
+    assert [path.rsplit("_", 1)[1] for path in pictures] == ["positions.png", "errors.png", "sequences.png", "worst.png"]
+    for path in pictures:
+        Image.open(path).load()
 
 
 def test_predict_gives_the_poses_that_a_test_gives(posenet, layout):

@@ -1,14 +1,16 @@
-"""--val_labels_file: what is logged is what a test finds, and the best weights are those of the epoch that the log names."""
+"""--val_labels_file: what is logged is what a test finds, and the best weights are those of the epoch that the log names. And what
+else is to be seen of a training: TensorBoard's curves, progress bars."""
+import contextlib
+import io
 import json
 import os
 import re
 import signal
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write_scene
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util import engine
 
@@ -16,7 +18,7 @@ from util import engine
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory):
     root = tmp_path_factory.mktemp("validation")
-    for split, n in (("train", 8), ("test", 5)):
+    for split, n in (("train", 7), ("test", 5)):
         write_labels(root / f"{split}.csv", write_scene(root, "attic", n, split))
     return root
 
@@ -37,10 +39,9 @@ def logged(output):
             re.search("^Validation of the final weights: median pose error: (.*)$", output, flags=re.MULTILINE)[1])
 
 
-def found_in_test(layout, script, *weights, mode="test"):
-    output = run_here(script, *arguments(layout, mode, "tested", *weights, "--predictions_path", layout / "predictions.csv"))
-    errors = pd.read_csv(layout / "predictions.csv")["position_error_m"]
-    return re.search("^Median pose error: (.*)$", output, flags=re.MULTILINE)[1], np.median(errors)
+def found_in_test(layout, script, *weights):
+    output = run_here(script, *arguments(layout, "test", "tested", *weights))
+    return re.search("^Median pose error: (.*)$", output, flags=re.MULTILINE)[1]
 
 
 def test_the_best_weights_are_those_of_the_epoch_that_the_log_names(layout):
@@ -56,16 +57,41 @@ def test_the_best_weights_are_those_of_the_epoch_that_the_log_names(layout):
         assert sorted(validations) == [1, 2, 3, 4, 5]
         prefix = str(weights_of(output)).removesuffix("_final.pth")
         assert json.loads(open(f"{prefix}_best.json").read())["epoch"] == best
-        medians = {epoch: found_in_test(layout, script, *weights, f"{prefix}_checkpoint-{epoch}.pth") for epoch in validations}
-        assert {epoch: text for epoch, (text, _) in medians.items()} == validations
-        assert best == min(medians, key=lambda epoch: medians[epoch][1])
-        assert found_in_test(layout, script, *weights, f"{prefix}_best.pth")[0] == validations[best]
-        assert found_in_test(layout, script, *weights, weights_of(output))[0] == final
+        position = {epoch: float(text.split("[")[0]) for epoch, text in validations.items()}
+        assert position[best] == min(position.values())
+        for weights_file, medians in ((f"{prefix}_checkpoint-2.pth", validations[2]), (f"{prefix}_best.pth", validations[best]),
+                                      (weights_of(output), final)):
+            assert found_in_test(layout, script, *weights, weights_file) == medians
+
+
+def curves(output):
+    """What a training has written for TensorBoard: {tag: [(step, value), ...]}."""
+    [folder] = re.findall("^TensorBoard: (.*)$", output, flags=re.MULTILINE)
+    events = EventAccumulator(folder).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
 
 def test_validation_changes_no_training_and_goes_on_with_it(layout, monkeypatch):
-    listed = arguments(layout, "train", "validated", n_freq_validate=2)
-    whole = run_here("main.py", *listed)
+    listed = arguments(layout, "train", "validated", "--tensorboard", n_freq_validate=2)
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        whole = run_here("main.py", *listed)
+    assert re.search(r"10/10 \[\S+<\S+, +[\d.]+(batch/s|s/batch), epoch 5, loss -?\d+\.\d{3}, \d+\.\d\d m, \d+\.\d\d deg\]", terminal.getvalue())
+    shown = curves(whole)
+    medians = [[float(number) for number in re.findall(r"[\d.]+(?=\[)", text)] for text in logged(whole)[0].values()]
+    for values, name in zip(zip(*medians), ("position error [m]", "orientation error [deg]")):
+        steps, of_validation = zip(*shown[f"{name}/validation"])
+        assert steps == (4, 8) and of_validation == pytest.approx(values, abs=5.1e-4)
+        assert [step for step, _ in shown[f"{name}/training"]] == [2, 4, 6, 8, 10]
+    losses = [loss for _, loss in shown["loss/batch"]]
+    assert [loss for _, loss in shown["loss/epoch"]] == pytest.approx(
+        [(4 * a + 3 * b) / 7 for a, b in zip(losses[::2], losses[1::2])])
+    assert shown["learning rate"] == [(step, pytest.approx(1e-3)) for step in (2, 4, 6, 8, 10)]
+
     assert sorted(logged(whole)[0]) == [2, 4]
     without = [part for part in arguments(layout, "train", "plain") if part not in ("--val_labels_file", layout / "test.csv")]
     first, second = (torch.load(weights_of(output)) for output in (whole, run_here("main.py", *without)))
@@ -74,16 +100,18 @@ def test_validation_changes_no_training_and_goes_on_with_it(layout, monkeypatch)
     sums, steps = engine._start_sums, []
     monkeypatch.setattr(engine, "_start_sums", lambda *args: (steps.append(1), len(steps) == 7 and os.kill(os.getpid(), signal.SIGTERM),
                                                               sums(*args))[-1])
-    listed = arguments(layout, "train", "stopped", n_freq_validate=2)
+    listed = arguments(layout, "train", "stopped", "--tensorboard", n_freq_validate=2)
     status, said = fails_here("main.py", *listed)
     assert status == 143
     at = listed.index("--output_dir")
     output = run_here("main.py", *listed[:at], "--resume", "latest", *listed[at:])
     assert logged(output)[1:] == logged(whole)[1:]
+    assert curves(output) == shown
     weights = [torch.load(str(weights_of(run)).replace("_final", "_best")) for run in (whole, output)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_validation_is_for_training(layout):
-    status, said = fails_here("main.py", *arguments(layout, "test", "tested", "--val_labels_file", layout / "test.csv"))
-    assert status == 2 and "--val_labels_file is for training" in said
+def test_validation_and_curves_are_for_training(layout):
+    for option in (["--val_labels_file", layout / "test.csv"], ["--tensorboard"]):
+        status, said = fails_here("main.py", *arguments(layout, "test", "tested", *option))
+        assert status == 2 and f"{option[0]} is for training" in said

@@ -54,6 +54,9 @@ def parser(description, models, modes=("train", "test")):
     arguments.add_argument("--val_labels_file", metavar="VAL.csv",
                            help="in training: test on these labels every n_freq_validate epochs, and keep the best weights apart, in "
                                 "run_<stamp>_best.pth (default: none)")
+    arguments.add_argument("--tensorboard", action="store_true",
+                           help="in training: write the curves of loss, errors and learning rate after every epoch, for TensorBoard too, in "
+                                "run_<stamp>_tensorboard (default: not)")
     arguments.add_argument("--resume", metavar="RUN",
                            help="go on with a training from its last whole epoch: the stamp in its files' names, or 'latest' of "
                                 "--output_dir; all else as it was given (default: a new training)")
@@ -105,10 +108,9 @@ def start(args, suffix="", sections=()):
     None), device, seed, and prefix (of the run's files: DIR/run_<stamp><suffix>).
     """
     global _training
-    if args.resume and args.mode != "train":
-        raise UserError("--resume is for training; leave it out otherwise")
-    if args.val_labels_file and args.mode != "train":
-        raise UserError("--val_labels_file is for training; leave it out otherwise")
+    for option in ("resume", "val_labels_file", "tensorboard"):
+        if getattr(args, option) and args.mode != "train":
+            raise UserError(f"--{option} is for training; leave it out otherwise")
     if args.predictions_path:
         _check_predictions_path(args)
     prefix = _start_log(args, suffix) if processes.rank() == 0 else None
@@ -204,7 +206,8 @@ def _start_log(args, suffix):
     to_screen.addFilter(lambda record: record.levelno < logging.ERROR)  # errors go to stderr, see run()
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_screen], format="%(message)s", force=True)
     logging.captureWarnings(True)
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for library in ("matplotlib", "numexpr"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     return prefix
 
 

@@ -4,6 +4,8 @@ import math
 import signal
 import time
 from array import array
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from models.precision import resolve
 from util import processes, resume, signals
 from util.errors import UserError
 from util.metrics import medians, pose_err
-from util.plots import plot_loss
+from util.plots import CURVES, draw_training
 from util.progress import progress
 
 TEST_BATCH_SIZE = 32
@@ -39,10 +41,10 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
         The weights with the smallest median position error so far are kept in <prefix>_best.pth.
 
     Adam and a step schedule by the config. Every n_freq_checkpoint epochs the weights go to <prefix>_checkpoint-<epoch>.pth
-    and at the end to <prefix>_final.pth, the picture of the loss to <prefix>_loss_fig.png. The final weights are the mean
-    over the steps of the last `average_last` of the training, and batch norm's statistics are taken anew for them, over one
-    more epoch (Izmailov et al., UAI 2018, algorithm 1), in the precision of tests; without that key they are those of the
-    last step, as published.
+    and at the end to <prefix>_final.pth, the picture of the loss and the errors to <prefix>_loss_fig.png; with --tensorboard both go to
+    <prefix>_tensorboard after every epoch. The final weights are the mean over the steps of the last `average_last` of the training,
+    and batch norm's statistics are taken anew for them, over one more epoch (Izmailov et al., UAI 2018, algorithm 1), in the
+    precision of tests; without that key they are those of the last step, as published.
 
     The state of the training is written after every epoch, or after so many that this takes at most a twentieth of the time;
     with --resume it goes on from there, and ends with the weights that it would have had. Several processes train one
@@ -58,31 +60,29 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
     n_epochs, n_freq_print, n_freq_checkpoint = (config[key] for key in ("n_epochs", "n_freq_print", "n_freq_checkpoint"))
 
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    tracked = [int(module.num_batches_tracked) for module in norms]
-    first_epoch, averaged, n_averaged = 0, [], 0
-    best = []  # in validation: the median position error and its epoch
-    samples, losses = array("d"), array("d")  # of every step: the samples up to it, and its loss
+    course = _Course(tracked=[int(module.num_batches_tracked) for module in norms])
     if run.resumed:
-        first_epoch, averaged, n_averaged, best, tracked, samples, losses = _restore(
-            run, model, pose_loss, optimizer, scaler, len(norms), about.get("scene_names"))
-    n_steps = len(losses) + max(n_epochs - first_epoch, 0) * len(batches(first_epoch))
+        course = _restore(run, model, pose_loss, optimizer, scaler, len(norms), about.get("scene_names"))
+    losses = course.losses
+    n_steps = len(losses) + max(n_epochs - course.epoch, 0) * len(batches(course.epoch))
     begin_average = n_steps * (1 - config.get("average_last", 0))
-    if n_averaged != len(losses) - math.floor(begin_average):  # none yet, or of another part of the training
-        averaged, n_averaged = [], 0
+    if course.begin_average != begin_average:  # what was averaged is another part of the training
+        course.averaged, course.n_averaged, course.begin_average = [], 0, begin_average
     trained_step = step
     if processes.count() > 1:
         trained_step = DistributedDataParallel(_Step(step, model, pose_loss), find_unused_parameters=True)
     saved, saving = -math.inf, 0.0  # when a state was written, and how long that took
 
-    with signals.deferred() as received:
+    with signals.deferred() as received, _tensorboard(run, len(losses)) as board:
         with progress(total=n_steps, initial=len(losses), unit="batch") as bar:
-            for epoch in range(first_epoch, n_epochs):
+            for epoch in range(course.epoch, n_epochs):
                 model.train()
                 if not first:  # else all processes would drop the same
                     torch.manual_seed(mix(run.seed, epoch, processes.rank()))
+                lr = config["lr"] * config["lr_scheduler_gamma"] ** (epoch // config["lr_scheduler_step_size"])
                 for group in optimizer.param_groups:
-                    group["lr"] = config["lr"] * config["lr_scheduler_gamma"] ** (epoch // config["lr_scheduler_step_size"])
-                running_loss, n_epoch_samples = 0.0, 0
+                    group["lr"] = lr
+                running_loss, n_samples, seen, first_loss = 0.0, 0, [], len(losses)
                 for i, batch in enumerate(batches(epoch)):
                     batch = to_device(batch, run.device)
                     loss, estimate = trained_step(batch)
@@ -97,62 +97,108 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
                     scaler.step(optimizer)
                     scaler.update()
 
-                    running_loss, n_epoch_samples = running_loss + batch_loss * size, n_epoch_samples + size
-                    samples.append((samples[-1] if samples else 0) + size)
+                    running_loss, n_samples = running_loss + batch_loss * size, n_samples + size
                     losses.append(batch_loss)
-                    bar.update()
+                    seen.append((estimate.detach(), batch["pose"]))
                     if len(losses) > begin_average:
                         weights = [p.detach() for p in model.parameters()]
-                        averaged, n_averaged = averaged or [p.clone() for p in weights], n_averaged + 1
-                        torch._foreach_lerp_(averaged, weights, 1 / n_averaged)
+                        course.averaged, course.n_averaged = course.averaged or [p.clone() for p in weights], course.n_averaged + 1
+                        torch._foreach_lerp_(course.averaged, weights, 1 / course.n_averaged)
                     if i % n_freq_print == 0:
-                        errors = (e.mean().item() for e in pose_err(estimate.detach(), batch["pose"]))
+                        errors = tuple(e.mean().item() for e in pose_err(estimate.detach(), batch["pose"]))
                         logging.info("[Batch-{}/Epoch-{}] running camera pose loss: {:.3f}, camera pose error: {:.2f}[m], "
-                                     "{:.2f}[deg]".format(i + 1, epoch + 1, running_loss / n_epoch_samples, *errors))
-                if validate and (epoch + 1) % config.get("n_freq_validate", 1) == 0:
-                    position, text = _validate(model, validate, precision)
-                    is_best = not best or position < best[0]
-                    logging.info("Validation after epoch %d: median pose error: %s%s", epoch + 1, text,
+                                     "{:.2f}[deg]".format(i + 1, epoch + 1, running_loss / n_samples, *errors))
+                        bar.set_postfix_str("epoch {}, loss {:.3f}, {:.2f} m, {:.2f} deg".format(epoch + 1, running_loss / n_samples, *errors))
+                    bar.update()
+                course.epoch = epoch + 1
+                shares = processes.gather([torch.cat(poses).cpu() for poses in zip(*seen)])
+                errors, of_validation = _median_errors(*map(torch.cat, zip(*shares))), (math.nan, math.nan)
+                if validate and course.epoch % config.get("n_freq_validate", 1) == 0:
+                    of_validation, text = _validate(model, validate, precision)
+                    is_best = not course.best or of_validation[0] < course.best[0]
+                    logging.info("Validation after epoch %d: median pose error: %s%s", course.epoch, text,
                                  ", the best so far" if is_best else "")
                     if is_best:
-                        best = [position, epoch + 1]
+                        course.best = [of_validation[0], course.epoch]
                         if first:
                             before_save()
-                            save_weights(f"{run.prefix}_best.pth", model.state_dict(), {**about, "epoch": epoch + 1})
-                checkpoint_due = first and (epoch + 1) % n_freq_checkpoint == 0
-                state_due = first and (epoch + 1 == n_epochs or time.monotonic() - saved > 20 * saving)
+                            save_weights(f"{run.prefix}_best.pth", model.state_dict(), {**about, "epoch": course.epoch})
+                course.curves.append([len(losses), lr, running_loss / n_samples, *errors, *of_validation])
+                board(course.curves[-1], losses[first_loss:])
+                checkpoint_due = first and course.epoch % n_freq_checkpoint == 0
+                state_due = first and (course.epoch == n_epochs or time.monotonic() - saved > 20 * saving)
                 if checkpoint_due or state_due:
                     _check_finite(run, parameters, epoch)
                 if checkpoint_due:
                     before_save()
-                    save_weights(f"{run.prefix}_checkpoint-{epoch + 1}.pth", model.state_dict(), about)
+                    save_weights(f"{run.prefix}_checkpoint-{course.epoch}.pth", model.state_dict(), about)
                 if state_due:
                     begin = time.monotonic()
-                    resume.write(run.prefix, {
-                        "epoch": epoch + 1, "weights": model.state_dict(), "loss": pose_loss.state_dict(),
-                        "optimizer": optimizer.state_dict()["state"], "scaler": scaler.state_dict(), "averaged": averaged,
-                        "n_averaged": n_averaged, "best": best, "tracked": tracked, "random": _random_state(run.device),
-                        "history": torch.from_numpy(np.array([samples, losses])), "scene_names": about.get("scene_names"),
-                        "settings": run.settings})
+                    _write_state(run, course, model, pose_loss, optimizer, scaler, about.get("scene_names"))
                     saved = time.monotonic()
                     saving = saved - begin
 
         model.precision = precision  # as in tests
-        if averaged:
-            trained = [norm for norm, n_batches in zip(norms, tracked) if norm.num_batches_tracked > n_batches]  # not frozen ones
-            _take(averaged, model, trained, batches(n_epochs), lambda batch: step(to_device(batch, run.device)), received)
+        if course.averaged:
+            trained = [norm for norm, n in zip(norms, course.tracked) if norm.num_batches_tracked > n]  # not frozen ones
+            _take(course.averaged, model, trained, batches(n_epochs), lambda batch: step(to_device(batch, run.device)), received)
 
         if validate:
             logging.info("Validation of the final weights: median pose error: %s", _validate(model, validate, precision)[1])
-            if best:
-                logging.info("Best in validation: those after epoch %d, %s_best.pth", best[1], run.prefix)
+            if course.best:
+                logging.info("Best in validation: those after epoch %d, %s_best.pth", course.best[1], run.prefix)
         processes.first_alone()
         before_save()
         logging.info("Training completed")
         save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
-        plot_loss(f"{run.prefix}_loss_fig.png", samples, losses)
+        draw_training(f"{run.prefix}_loss_fig.png", losses, course.curves)
         resume.remove(run.prefix)
+        logging.info("Picture: %s_loss_fig.png", run.prefix)
         logging.info("Weights: %s_final.pth", run.prefix)
+
+
+@dataclass
+class _Course:
+    """What a training has come to, besides the state of its modules."""
+    tracked: list  # batch norms' counters before the first step
+    epoch: int = 0
+    losses: array = field(default_factory=lambda: array("d"))  # of every step
+    curves: list = field(default_factory=list)  # of every epoch, see plots.CURVES
+    best: list = field(default_factory=list)  # in validation: the median position error and its epoch
+    begin_average: float = 0  # the steps before those whose weights are averaged
+    averaged: list = field(default_factory=list)
+    n_averaged: int = 0
+
+
+@contextmanager
+def _tensorboard(run, n_steps):
+    """A function that writes an epoch to TensorBoard, over steps, where --tensorboard asks for it: (CURVES, losses of its steps). n_steps:
+    after which what an earlier process wrote does not count."""
+    if not run.args.tensorboard or processes.rank() > 0:
+        yield lambda curves, losses: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = f"{run.prefix}_tensorboard"
+    # Of plots.CURVES, behind the steps.
+    names = ("learning rate", "loss/epoch", "position error [m]/training", "orientation error [deg]/training",
+             "position error [m]/validation", "orientation error [deg]/validation")
+
+    def write(curves, losses):
+        n_steps, *values = curves
+        try:
+            for i, loss in enumerate(losses, n_steps - len(losses) + 1):
+                writer.add_scalar("loss/batch", loss, i)
+            for name, value in zip(names, values):
+                if math.isfinite(value):
+                    writer.add_scalar(name, value, n_steps)
+            writer.flush()
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+    logging.info("TensorBoard: %s", folder)
+    with SummaryWriter(folder, purge_step=n_steps + 1) as writer:
+        yield write
 
 
 class _Step(nn.Module):
@@ -220,13 +266,18 @@ def _take(averaged, model, norms, batches, step, received):
 
 @torch.no_grad()
 def _validate(model, validate, precision):
-    """The median position error of a model in its state of testing, and both medians as text."""
+    """The median errors of a model in its state of testing, and as text."""
     training_precision, model.precision = model.precision, precision
     model.eval()
     estimate, truth = (poses.cpu() for poses in validate())
     model.train()
     model.precision = training_precision
-    return float(np.median(pose_err(estimate, truth)[0].numpy())), medians(estimate, truth)
+    return _median_errors(estimate, truth), medians(estimate, truth)
+
+
+def _median_errors(estimate, truth):
+    """The median errors of position in metres and of orientation in degrees."""
+    return [float(np.median(errors.numpy())) for errors in pose_err(estimate.cpu(), truth.cpu())]
 
 
 def _stop_at(run, problem, batch, estimate):
@@ -251,10 +302,16 @@ def _random_state(device):
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
 
 
+def _write_state(run, course, model, pose_loss, optimizer, scaler, scene_names):
+    """Write the state of a training, of which `_restore` makes it anew."""
+    resume.write(run.prefix, {
+        "weights": model.state_dict(), "loss": pose_loss.state_dict(), "optimizer": optimizer.state_dict()["state"],
+        "scaler": scaler.state_dict(), "random": _random_state(run.device), **vars(course), "losses": torch.from_numpy(np.array(course.losses)),
+        "scene_names": scene_names, "settings": run.settings})
+
+
 def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
-    """Put modules, optimiser and random numbers into the state of run.resumed. Returns the epochs it has had, the averaged
-    weights and the number of steps averaged, the best in validation, batch norm's counters before the first step, and the
-    samples and losses of every step."""
+    """Put modules, optimiser and random numbers into the state of run.resumed. Returns the training's course so far."""
     state = run.resumed
     if state["scene_names"] != scene_names:
         raise UserError(f"--resume {run.args.resume}: the model's scenes were {state['scene_names']} and are {scene_names} now; "
@@ -269,12 +326,16 @@ def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
         torch.set_rng_state(state["random"]["cpu"])
         if run.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], run.device)
-        samples, losses = (array("d", numbers) for numbers in state["history"].tolist())
-        averaged = [mean.to(run.device) for mean in state["averaged"]]
-        if averaged and [mean.shape for mean in averaged] != [parameter.shape for parameter in model.parameters()]:
+        course = _Course(**{part.name: state[part.name] for part in fields(_Course)})
+        course.losses = array("d", course.losses.tolist())
+        course.curves = [[int(n), *map(float, values)] for n, *values in course.curves]
+        if any(len(values) != len(CURVES) for values in course.curves):
+            raise ValueError("other curves")
+        course.averaged = [mean.to(run.device) for mean in course.averaged]
+        if course.averaged and [mean.shape for mean in course.averaged] != [parameter.shape for parameter in model.parameters()]:
             raise ValueError("other weights were averaged")
-        best = [float(state["best"][0]), int(state["best"][1])] if state["best"] else []
-        if [type(n) for n in state["tracked"]] != [int] * n_norms:
+        course.best = [float(course.best[0]), int(course.best[1])] if course.best else []
+        if [type(n) for n in course.tracked] != [int] * n_norms:
             raise ValueError("other batch norms")
         for parameter, moments in optimizer.state.items():
             if set(moments) != {"step", "exp_avg", "exp_avg_sq"} or any(
@@ -283,7 +344,7 @@ def _restore(run, model, pose_loss, optimizer, scaler, n_norms, scene_names):
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"--resume {run.args.resume}: the state does not fit this training: {str(error)[:200]}") from error
     run.resumed = None  # it is as large as the training itself
-    return state["epoch"], averaged, state["n_averaged"], best, state["tracked"], samples, losses
+    return course
 
 
 @torch.inference_mode()
@@ -299,7 +360,7 @@ def evaluate(run, estimate, dataset):
     if run.args.cache_dir:
         dataset.cache_frames(run.args.cache_dir)
     batches = frames_of(run, dataset)
-    results, singles = [], []
+    results, singles, truth = [], [], []
     with progress(total=len(processes.share(range(len(dataset)))), unit="frame") as bar:
         for batch in batches:
             batch = to_device(batch, run.device)
@@ -309,6 +370,9 @@ def evaluate(run, estimate, dataset):
             size = len(batch["img"])
             result["milliseconds"] = torch.full((size,), taken / size)
             results.append({key: value.cpu() for key, value in result.items()})
+            if not bar.disable and "pose" in batch:
+                truth.append(batch["pose"])
+                bar.set_postfix_str("median {:.2f} m, {:.2f} deg".format(*_median_errors(concatenate(results)["pose"], torch.cat(truth))))
             bar.update(size)
     results = processes.merge(concatenate(results))
     processes.first_alone()

@@ -1,42 +1,230 @@
-"""Pictures of a run."""
+"""Pictures of trainings and tests, in colours that all eyes tell apart (Okabe & Ito; plasma) and that differ in grey."""
+
+import numpy as np
+import torch
+
 from util.files import whole_file
+from util.rotations import unit_poses
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+CURVES = ("steps", "learning rate", "loss", "position", "orientation", "position in validation", "orientation in validation")
+N_WORST = 3  # frames, of position and of orientation
+LEAST = 1e-6  # metres, degrees: what is drawn for 0 on a logarithmic axis
+_MANY = 5000  # points, of which more cannot be told apart
 
 
-def plot_loss(path, samples, losses):
-    """Write a picture of the loss over the samples seen. samples, losses: one number a batch."""
-    figure, axes = _pyplot().subplots(figsize=(8, 5))
-    axes.plot(samples, losses, linewidth=0.8)
-    axes.set(xlabel="samples seen", ylabel="loss of a batch", title="Training loss")
-    axes.grid(alpha=0.3)
-    _save(figure, path)
+def draw_training(path, losses, curves):
+    """Write a picture of a training. losses: one number a step; curves: epochs x CURVES, median errors in metres and degrees, NaN
+    where there was no validation."""
+    _save(training(np.array(losses), np.array(curves, float).reshape(-1, len(CURVES))), path)
 
 
-def plot_paths(path, scenes):
-    """Write a picture of paths seen from above. scenes: {name: (true, {estimator: estimate, ...})}, positions N x 2 in
-    metres; each estimate is joined to the truth."""
-    figure, panels = _pyplot().subplots(1, len(scenes), figsize=(7 * len(scenes), 5.5), squeeze=False)
-    for axes, (scene, (true, estimates)) in zip(panels[0], scenes.items()):
-        axes.plot(*true.T, color="black", linewidth=1.5, label="true")
-        # Colours that all eyes tell apart (Okabe & Ito), and markers.
-        for (name, estimate), colour, marker in zip(estimates.items(), ("#E69F00", "#0072B2"), "ox", strict=True):
-            for a, b in zip(true, estimate):
-                axes.plot([a[0], b[0]], [a[1], b[1]], color=colour, linewidth=0.4, alpha=0.6)
-            axes.plot(*estimate.T, marker, color=colour, markersize=4, label=name)
-        axes.set(xlabel="x [m]", ylabel="y [m]", title=f"{scene}: test path from above", aspect="equal")
+def draw_test(prefix, labels, truth, estimate, errors, frame, before=None, warning=None):
+    """Write the pictures of a test and return their paths: <prefix>_positions.png, _errors.png, _sequences.png, _worst.png.
+
+    labels: a label file's table, N rows; truth, estimate: poses N x 7; errors: (position, orientation), N each, in metres and
+    degrees; before: those of the APR alone, where a PAE or a refinement was tested; frame: row's position -> PIL image; warning: words above every
+    picture.
+    """
+    figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]), "errors": cumulative(labels["scene"], errors, before),
+               "sequences": sequences(labels, errors, before), "worst": worst(labels, errors, frame)}
+    paths = [f"{prefix}_{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values()):
+        if warning:
+            figure.suptitle(warning, color=COLOURS[1])
+        _save(figure, path)
+    return paths
+
+
+def training(losses, curves):
+    """Loss, learning rate and errors over epochs."""
+    steps, rate, loss, *errors = curves.T
+    epochs = np.arange(1, len(curves) + 1)
+    line = {"color": COLOURS[0], "marker": "o" if len(epochs) <= 30 else None, "markersize": 3}
+    figure, panels = _figure(9, 6, 2, 2, sharex=True)
+    shown = slice(None, None, len(losses) // _MANY + 1)
+    at = np.interp(np.arange(1, len(losses) + 1), [0, *steps], [0, *epochs])
+    panels[0, 0].plot(at[shown], losses[shown], color="0.75", linewidth=0.6, label="a batch's")
+    panels[0, 0].plot(epochs, loss, **line, label="an epoch's mean")
+    panels[0, 0].set(ylabel="loss", title="Loss")
+    if losses.min() > 0:
+        _logarithmic(panels[0, 0])
+    else:  # the first batches' can be far above the rest
+        low, high = losses.min(), max(np.percentile(losses, 98), *loss)
+        panels[0, 0].set_ylim(low - 0.05 * (high - low) - LEAST, high + 0.05 * (high - low) + LEAST)
+    panels[0, 1].step([0, *epochs], [*rate[:1], *rate], color=COLOURS[0])
+    panels[0, 1].set(ylabel="learning rate", title="Learning rate")
+    _logarithmic(panels[0, 1])
+    for axes, name, unit, of_training, of_validation in zip(panels[1], ("position", "orientation"), ("m", "deg"), errors[:2], errors[2:]):
+        validated = np.isfinite(of_validation)
+        axes.plot(epochs, np.maximum(of_training, LEAST), **line, label="training, as it goes")
+        if validated.any():
+            axes.plot(epochs[validated], np.maximum(of_validation[validated], LEAST), "--s", color=COLOURS[1], markersize=3, label="validation")
+        axes.set(xlabel="epoch", ylabel=f"median {name} error [{unit}]", title=f"{name.capitalize()} error")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _logarithmic(axes)
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
+    for axes in (panels[0, 0], *panels[1]):
         axes.legend()
-    _save(figure, path)
+    return figure
 
 
-def _pyplot():
+def positions(scenes, truth, estimate, errors):
+    """True and estimated positions from above and from the side, a row a scene, each estimate joined to its truth and coloured by its
+    error. scenes: N names; truth, estimate: poses N x 7; errors: N, in metres."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    plasma = LinearSegmentedColormap.from_list("", _colormap("plasma")(np.linspace(0, 0.85, 256)))  # its end is too light for paper
+    names = sorted(set(scenes))
+    figure, panels = _figure(9.5, 4.2 * len(names), len(names), 3, width_ratios=(1, 1, 0.05))
+    for row, name in zip(panels, names):
+        frames = np.flatnonzero(scenes == name)
+        true, found, error = truth[frames, :3], estimate[frames, :3], errors[frames]
+        up, downwards = vertical(truth[frames])
+        others = [(up + 1) % 3, (up + 2) % 3][::-1 if downwards else 1]  # right-handed, seen from above
+        finite = np.isfinite(found).all(axis=1)
+        spread = np.ptp(true[:, others], axis=0)
+        scale = Normalize(0, max(np.percentile(error[finite], 95) if finite.any() else 0, LEAST))
+        for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the side")):
+            axes.plot(true[:, a], true[:, b], ".", color="black", markersize=3, label="true")
+            axes.add_collection(LineCollection(np.stack((true, found), axis=1)[finite][:, :, (a, b)], cmap=plasma, norm=scale, array=error[finite],
+                                               linewidths=0.6, alpha=0.6))
+            points = axes.scatter(found[finite, a], found[finite, b], c=error[finite], cmap=plasma, norm=scale, s=12, label="estimated")
+            limits = [_limits(true[:, k], found[finite, k]) for k in (a, b)]
+            if side == "above":  # to one scale
+                half = max(high - low for low, high in limits) / 2
+                limits = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
+                axes.legend(loc="best", markerscale=1.5)
+            axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", title=f"{name} from {side}", xlim=limits[0],
+                     ylim=limits[1][::-1] if b == up and downwards else limits[1], box_aspect=1)
+            axes.grid(alpha=0.3)
+        figure.colorbar(points, cax=row[2], extend="max", label="position error [m]")
+    return figure
+
+
+def cumulative(scenes, errors, before=None):
+    """What share of the frames has at most so large an error, of position and of orientation; a line a scene."""
+    names = sorted(set(scenes))
+    figure, panels = _figure(9, 4 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
+    for axes, k, name, unit in zip(panels[0], (0, 1), ("position", "orientation"), ("m", "deg")):
+        lines = [(errors[k], "-", "")] + ([(before[k], "--", ", the APR alone")] if before else [])
+        for i, scene in enumerate(names):
+            for values, style, suffix in lines:
+                error = np.sort(values[scenes == scene])  # those that are not finite last
+                axes.step([0, *error], np.arange(len(error) + 1) / len(error) * 100, style, where="post", color=COLOURS[i % len(COLOURS)],
+                          label=f"{scene}{suffix}: median {np.median(error):.{3 - k}f} {unit}")
+        finite = errors[k][np.isfinite(errors[k])]
+        # Its last hundredth can be as long as the rest.
+        axes.set(xlabel=f"{name} error [{unit}]", xlim=(0, max(np.percentile(finite, 99) * 1.02 if len(finite) else 0, LEAST)), ylim=(0, 101),
+                 title=f"{name.capitalize()} error")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    panels[0, 0].set_ylabel("frames with at most this error [%]")
+    return figure
+
+
+def sequences(labels, errors, before=None):
+    """Both errors frame by frame, sequence after sequence."""
+    keys = (labels["scene"] + "/" if labels["scene"].nunique() > 1 else "") + labels["seq"].astype(str)
+    order = np.argsort(keys.map({key: i for i, key in enumerate(keys.unique())}).to_numpy(), kind="stable")
+    keys = keys.to_numpy()[order]
+    begins = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+    ends = [*begins[1:], len(keys)]
+    figure, panels = _figure(9, 6, 2, 1, sharex=True, subplot_kw={"yscale": "log"})
+    for axes, k, name, unit in zip(panels[:, 0], (0, 1), ("position", "orientation"), ("m", "deg")):
+        for part, (begin, end) in enumerate(zip(begins, ends)):
+            frames = np.arange(begin, end)
+            for values, colour, label in ([(before[k], "0.65", "the APR alone")] if before else []) + [(errors[k], COLOURS[0], "error")]:
+                axes.plot(frames, np.maximum(values[order[frames]], LEAST), "." if len(keys) > 1000 else ".-", color=colour, linewidth=0.6, markersize=2.5,
+                          label=None if part else label)
+            if begin:
+                axes.axvline(begin - 0.5, color="black", linewidth=0.6)
+        median = np.median(errors[k])
+        axes.axhline(max(median, LEAST), color=COLOURS[1], linestyle="--", linewidth=1, label=f"median {median:.{3 - k}f} {unit}")
+        axes.set(ylabel=f"{name} error [{unit}]", xlim=(-0.5, len(keys) - 0.5))
+        _logarithmic(axes)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.2)  # room for the legend
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right", ncols=3)
+    panels[1, 0].set_xlabel("frame")
+    top = panels[0, 0].secondary_xaxis("top")
+    lying = len(begins) <= 5 and max(len(key) for key in keys) <= 20
+    named = []
+    for begin, end in sorted(zip(begins, ends), key=lambda part: part[0] - part[1]):  # the longest first, as many as fit
+        if lying or all(abs(begin + end - sum(other)) / 2 > 0.025 * len(keys) for other in named):
+            named.append((begin, end))
+    top.set_xticks([(begin + end - 1) / 2 for begin, end in named], [keys[begin] for begin, _ in named], rotation=0 if lying else 90)
+    top.tick_params(length=0)
+    return figure
+
+
+def worst(labels, errors, frame):
+    """The frames with the largest errors of position and, in the second row, of orientation. frame: row's position -> PIL image."""
+    figure, panels = _figure(9, 5.8, 2, N_WORST)
+    shown = []
+    for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
+        frames = [i for i in np.argsort(-np.nan_to_num(errors[k], nan=np.inf), kind="stable") if i not in shown][:N_WORST]
+        for axes in row:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        for axes, i in zip(row, frames):
+            axes.imshow(frame(i))
+            path = "/".join(labels["img_path"].iloc[i].split("/")[-2:])
+            axes.set_title(f"{path if len(path) <= 40 else '...' + path[-37:]}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg", fontsize=8)
+        row[0].set_ylabel(f"largest {name} errors")
+        shown += frames
+    return figure
+
+
+def vertical(poses):
+    """A scene's vertical axis: its number, and whether it points down. poses: N x 7.
+
+    It is the axis along which the images' own vertical agrees best. Whether quaternions are camera-to-world or world-to-camera
+    is not known here: with the wrong one images agree less, unless both say the same.
+    """
+    w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
+    to_world = torch.stack((2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)))  # of the image's downward axis
+    to_camera = torch.stack((2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)))
+    down = max((turned.nanmean(dim=1) for turned in (to_world, to_camera)), key=torch.linalg.vector_norm)
+    axis = int(down.abs().argmax())
+    return axis, bool(down[axis] > 0)
+
+
+def _limits(*values):
+    """An axis' limits around values, but for those far outside."""
+    values = np.concatenate(values)
+    low, high = np.percentile(values, (5, 95))
+    near = values[np.abs(values - (low + high) / 2) <= 2 * (high - low)]
+    low, high = near.min(), near.max()
+    margin = 0.05 * (high - low) + 0.01
+    return low - margin, high + margin
+
+
+def _logarithmic(axes):
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _colormap(name):
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    return pyplot
+    return matplotlib.colormaps[name]
+
+
+def _figure(width, height, n_rows, n_columns, **options):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)
 
 
 def _save(figure, path):
     with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
-    _pyplot().close(figure)
+        figure.savefig(file, format="png", dpi=120)

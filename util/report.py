@@ -9,8 +9,10 @@ from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
 from util.metrics import changes, medians, pose_err
+from util.plots import draw_test
 from util.rotations import unit_poses
 
+LEAKED = "the references held the answers"
 RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 
 
@@ -28,7 +30,7 @@ def scene_names_of(model_name, config, checkpoint_path):
 
 
 def report(run, tested, dataset, results, scene_names=None, leaked=False):
-    """Log a test and write its predictions where --predictions_path asks for them.
+    """Log a test, write its predictions where --predictions_path asks for them, and its pictures.
 
     tested: what is tested, a file's name.
     results: of engine.evaluate: 'pose' N x 7, 'milliseconds' N, 'milliseconds_alone' M; for multi-scene models 'scene', N
@@ -39,13 +41,15 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     leaked: whether reference poses held the answers, which every line of a result then says.
     """
     poses, truth = results["pose"].double(), dataset.poses
+    errors, before = [e.numpy() for e in pose_err(poses, truth)], None
     log_results(tested, dataset.labels_file, poses, truth, results, leaked)
     predictions = dataset.labels.copy()
     predictions[POSE_COLUMNS] = unit_poses(poses).numpy()
     if "apr_pose" in results:
         apr_poses = unit_poses(results["apr_pose"].double())
         predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = apr_poses.numpy()
-    predictions["position_error_m"], predictions["orientation_error_deg"] = (e.numpy() for e in pose_err(poses, truth))
+        before = [e.numpy() for e in pose_err(apr_poses, truth)]
+    predictions["position_error_m"], predictions["orientation_error_deg"] = errors
     if "scene" in results:
         scenes = results["scene"].numpy()
         if scene_names is None and len(dataset.scene_names) == run.config["num_scenes"]:
@@ -56,6 +60,8 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     if run.args.predictions_path:
         write_labels(run.args.predictions_path, predictions)
         logging.info("Predictions: %s", run.args.predictions_path)
+    pictures = draw_test(run.prefix, dataset.labels, truth.numpy(), poses.numpy(), errors, dataset.frame, before, LEAKED if leaked else None)
+    logging.info("Pictures: %s", ", ".join(pictures))
 
 
 def report_images(run, names, results, scene_names=None):
@@ -75,7 +81,7 @@ def report_images(run, names, results, scene_names=None):
 def log_results(tested, labels_file, est_pose, gt_pose, results, leaked=False):
     """Log a test as the published scripts do (a line a frame, the medians, the mean inference time), then the mean, the
     90th percentile and the recalls. Poses N x 7 on the CPU; results, leaked: as `report` takes them."""
-    suffix = " (the references held the answers)" if leaked else ""
+    suffix = f" ({LEAKED})" if leaked else ""
     position, orientation = (errors.numpy() for errors in pose_err(est_pose, gt_pose))
     for frame in zip(position, orientation, results["milliseconds"].numpy()):
         logging.info("Pose error: {:.3f}[m], {:.3f}[deg], inferred in {:.2f}[ms]".format(*frame))

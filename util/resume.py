@@ -18,8 +18,9 @@ _STAMP = r"\d\d(?:_\d\d){4}(?:_\d+)?"
 # What may differ in a run that goes on: nothing of it changes the result.
 _FREE = ("n_freq_print", "n_freq_checkpoint", "n_freq_validate", "n_workers", "device_id", "cache_memory_gb")
 # What a state holds.
-_TYPES = {"epoch": int, "weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "averaged": list, "n_averaged": int,
-          "best": list, "tracked": list, "random": dict, "settings": str, "scene_names": object, "history": object}
+_TYPES = {"weights": dict, "loss": dict, "optimizer": dict, "scaler": dict, "random": dict, "settings": str, "scene_names": object,
+          "tracked": list, "epoch": int, "losses": object, "curves": list, "best": list, "begin_average": (int, float), "averaged": list,
+          "n_averaged": int}
 KEPT = 2
 
 

@@ -1,0 +1,125 @@
+"""What the pictures show, and that nothing of them is clipped. Whether they are legible, a person sees."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SHARED
+from PIL import Image
+
+from datasets.labels import poses_of, read_labels
+from util import plots
+from util.metrics import pose_err
+
+needs_published_labels = pytest.mark.skipif(not (SHARED / "data" / "labels").is_dir(), reason="the published labels are not at hand")
+
+
+@pytest.fixture(scope="module")
+def tested():
+    """Frames of two scenes whose sequences take turns in the file, their true poses, estimates and errors; one frame has no estimate."""
+    random = np.random.default_rng(0)
+    n = 40
+    labels = pd.DataFrame({"scene": ["attic"] * 30 + ["cellar"] * 10, "seq": [f"seq-0{1 + i % 2}" for i in range(30)] + ["seq-01"] * 10,
+                           "img_path": [f"a/seq/frame-{i:06d}.png" for i in range(n)]})
+    truth = np.concatenate([random.standard_normal((n, 3)) * (4, 2, 0.3), np.tile((1.0, 0, 0, 0), (n, 1))], axis=1)
+    estimate = truth + 0.1 * random.standard_normal((n, 7))
+    truth[5, 0] = estimate[5, 0] = 1e6  # a flaw of the labels
+    estimate[7] = np.nan
+    return labels, truth, estimate, [e.numpy() for e in pose_err(torch.tensor(estimate), torch.tensor(truth))]
+
+
+def figures(labels, truth, estimate, errors):
+    before = [errors[0] * 1.5, errors[1]]
+    losses = np.random.default_rng(0).standard_normal(60) + 2
+    curves = np.array([[20 * epoch, 1e-4, 1 / epoch, 2 / epoch, 30 / epoch, np.nan if epoch % 2 else 3 / epoch, np.nan] for epoch in (1, 2, 3)])
+    return {"positions": plots.positions(labels["scene"], truth, estimate, errors[0]),
+            "errors": plots.cumulative(labels["scene"], errors, before), "sequences": plots.sequences(labels, errors, before),
+            "worst": plots.worst(labels, errors, lambda i: Image.new("RGB", (341, 256), (i, 0, 0))), "training": plots.training(losses, curves)}
+
+
+@pytest.mark.parametrize("name", ["positions", "errors", "sequences", "worst", "training"])
+def test_every_axis_has_its_unit_and_nothing_is_clipped(tested, name, tmp_path):
+    figure = figures(*tested)[name]
+    plots._save(figure, tmp_path / "picture.png")
+    width, height = Image.open(tmp_path / "picture.png").size
+    assert 1000 <= width <= 1200
+    box = figure.get_tightbbox()  # in inches
+    assert min(box.x0, box.y0) >= 0 and box.x1 <= figure.get_figwidth() and box.y1 <= figure.get_figheight()
+    for axes in figure.axes:
+        if axes.lines or axes.collections:
+            words = axes.get_ylabel()
+            assert any(unit in words for unit in ("[m]", "[deg]", "[%]", "loss", "learning rate")) or not axes.yaxis.get_tick_params()["labelleft"]
+
+
+def test_each_estimate_is_joined_to_its_truth_and_coloured_by_its_error(tested):
+    labels, truth, estimate, errors = tested
+    figure = plots.positions(labels["scene"], truth, estimate, errors[0])
+    above, side = figure.axes[:2]
+    frames = [i for i in range(30) if i != 7]
+    # Unturned images: down is +y, so that x and z are seen from above, and y points down.
+    for axes, (a, b) in ((above, (0, 2)), (side, (0, 1))):
+        assert (axes.get_xlabel(), axes.get_ylabel()) == (f"{'xyz'[a]} [m]", f"{'xyz'[b]} [m]")
+        [lines, points] = axes.collections
+        assert np.allclose(lines.get_segments(), np.stack([truth[frames][:, [a, b]], estimate[frames][:, [a, b]]], axis=1))
+        assert np.allclose(points.get_offsets(), estimate[frames][:, [a, b]])
+        assert np.array_equal(lines.get_array(), errors[0][frames]) and np.array_equal(points.get_array(), errors[0][frames])
+        assert np.ptp(axes.get_xlim()) < 40  # the frame far away is left outside
+    assert side.yaxis_inverted() and not above.yaxis_inverted()
+    assert np.ptp(above.get_xlim()) == pytest.approx(np.ptp(above.get_ylim()))
+
+
+@needs_published_labels
+@pytest.mark.parametrize("name, vertical", [("7scenes_all_scenes", (1, True)), ("abs_cambridge_pose_sorted.csv_KingsCollege_test", (2, False)),
+                                            ("abs_cambridge_pose_sorted.csv_ShopFacade_test", (2, False)),
+                                            ("abs_cambridge_pose_sorted.csv_GreatCourt_train", (2, False))])
+def test_the_vertical_axis_of_the_datasets_is_found(name, vertical):
+    """7Scenes' y axis is the Kinect's, downwards; these scenes of Cambridge have z upwards, as their cameras' heights show."""
+    table = read_labels(SHARED / "data" / "labels" / f"{name}.csv")
+    for scene, rows in table.groupby("scene"):
+        assert plots.vertical(np.array(poses_of(rows))) == vertical, scene
+
+
+def test_curves_of_errors_are_shares_of_frames():
+    errors = [np.random.default_rng(0).permutation(np.arange(1.0, 101)), np.full(100, np.nan)]
+    position, orientation = plots.cumulative(pd.Series(["attic"] * 100), errors).axes
+    [line] = position.lines
+    assert np.array_equal(line.get_xdata(), np.arange(101)) and np.allclose(line.get_ydata(), np.arange(101))
+    assert line.get_label() == "attic: median 50.500 m" and line.get_drawstyle() == "steps-post"
+    assert orientation.lines[0].get_label() == "attic: median nan deg"
+
+
+def test_errors_are_drawn_sequence_by_sequence(tested):
+    labels, _, _, errors = tested
+    figure = plots.sequences(labels, errors)
+    keys = labels["scene"] + "/" + labels["seq"]
+    for axes, error in zip(figure.axes, errors):
+        drawn = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 2]
+        assert len(drawn) == 3 and all(np.array_equal(ours, error[keys == key], equal_nan=True) for ours, key in zip(drawn, keys.unique()))
+    [names] = figure.axes[0].child_axes
+    assert {label.get_text(): at for at, label in zip(names.get_xticks(), names.get_xticklabels())} == {
+        "attic/seq-01": 7, "attic/seq-02": 22, "cellar/seq-01": 34.5}
+
+
+def test_the_worst_frames_are_shown_with_their_errors(tested):
+    labels, _, _, errors = tested
+    shown = []
+    figure = plots.worst(labels, errors, lambda i: shown.append(i) or Image.new("RGB", (341, 256)))
+    by_position, by_orientation = ([7, *[i for i in np.argsort(-error) if i != 7]] for error in errors)
+    assert shown[:3] == by_position[:3]  # the one without an estimate is the worst of all
+    assert shown[3:] == [i for i in by_orientation if i not in shown[:3]][:3]
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[1] == f"seq/frame-{shown[1]:06d}.png\n{errors[0][shown[1]]:.2f} m, {errors[1][shown[1]]:.1f} deg"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_few_frames_are_drawn_too(tmp_path, n):
+    labels = pd.DataFrame({"scene": ["attic"] * n, "seq": ["1"] * n, "img_path": ["a.png"] * n})
+    poses = np.tile((0.0, 0, 0, 1, 0, 0, 0), (n, 1))
+    paths = plots.draw_test(tmp_path / "run", labels, poses, poses, [np.zeros(n)] * 2, lambda i: Image.new("RGB", (9, 9)))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == sorted(path.split("/")[-1] for path in map(str, paths))
+
+
+def test_a_warning_stands_above_every_picture(tested, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.draw_test("run", *tested, lambda i: Image.new("RGB", (9, 9)), warning="no measurement")
+    assert [figure.get_suptitle() for figure in figures] == ["no measurement"] * 4
