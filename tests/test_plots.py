@@ -13,13 +13,17 @@ from util.metrics import pose_err
 needs_published_labels = pytest.mark.skipif(not (SHARED / "data" / "labels").is_dir(), reason="the published labels are not at hand")
 
 
+NAME = "a-long-name-$with_dollar^^$-signs" * 2
+
+
 @pytest.fixture(scope="module")
 def tested():
-    """Frames of two scenes whose sequences take turns in the file, their true poses, estimates and errors; one frame has no estimate."""
+    """Frames of two scenes whose sequences take turns in the file, their true poses, estimates and errors; one frame has no estimate.
+    The names are long, and one has dollar signs."""
     random = np.random.default_rng(0)
     n = 40
-    labels = pd.DataFrame({"scene": ["attic"] * 30 + ["cellar"] * 10, "seq": [f"seq-0{1 + i % 2}" for i in range(30)] + ["seq-01"] * 10,
-                           "img_path": [f"a/seq/frame-{i:06d}.png" for i in range(n)]})
+    labels = pd.DataFrame({"scene": ["attic"] * 30 + [NAME] * 10, "seq": [f"seq-0{1 + i % 2}" for i in range(30)] + ["seq-01"] * 10,
+                           "img_path": [f"a/{NAME}/frame-{i:06d}.png" for i in range(n)]})
     truth = np.concatenate([random.standard_normal((n, 3)) * (4, 2, 0.3), np.tile((1.0, 0, 0, 0), (n, 1))], axis=1)
     estimate = truth + 0.1 * random.standard_normal((n, 7))
     truth[5, 0] = estimate[5, 0] = 1e6  # a flaw of the labels
@@ -53,7 +57,7 @@ def test_every_axis_has_its_unit_and_nothing_is_clipped(tested, name, tmp_path):
 def test_each_estimate_is_joined_to_its_truth_and_coloured_by_its_error(tested):
     labels, truth, estimate, errors = tested
     figure = plots.positions(labels["scene"], truth, estimate, errors[0])
-    above, side = figure.axes[:2]
+    above, side = figure.axes[3:5]  # the second scene
     frames = [i for i in range(30) if i != 7]
     # Unturned images: down is +y, so that x and z are seen from above, and y points down.
     for axes, (a, b) in ((above, (0, 2)), (side, (0, 1))):
@@ -79,24 +83,43 @@ def test_the_vertical_axis_of_the_datasets_is_found(name, vertical):
 
 
 def test_curves_of_errors_are_shares_of_frames():
-    errors = [np.random.default_rng(0).permutation(np.arange(1.0, 101)), np.full(100, np.nan)]
-    position, orientation = plots.cumulative(pd.Series(["attic"] * 100), errors).axes
-    [line] = position.lines
-    assert np.array_equal(line.get_xdata(), np.arange(101)) and np.allclose(line.get_ydata(), np.arange(101))
-    assert line.get_label() == "attic: median 50.500 m" and line.get_drawstyle() == "steps-post"
-    assert orientation.lines[0].get_label() == "attic: median nan deg"
+    position, ours = np.random.default_rng(0).permutation(np.arange(1.0, 101)), np.full(100, np.nan)
+    figure = plots.cumulative(pd.Series(["attic"] * 100), [position, ours], before=[50 * position, 2 * position])
+    first, second = figure.axes
+    for line, factor in zip(first.lines, (1, 50), strict=True):
+        assert np.array_equal(line.get_xdata(), factor * np.arange(101)) and np.allclose(line.get_ydata(), np.arange(101))
+        assert line.get_drawstyle() == "steps-post"
+    assert [line.get_label() for line in first.lines] == ["50.500 m: attic", "2525.000 m: attic, the APR alone"]
+    assert [line.get_label() for line in second.lines] == ["nan deg: attic", "101.00 deg: attic, the APR alone"]
+    assert first.get_xlim()[1] > 4900  # both curves are to be seen
 
 
 def test_errors_are_drawn_sequence_by_sequence(tested):
     labels, _, _, errors = tested
-    figure = plots.sequences(labels, errors)
+    before = [errors[1], errors[0]]
+    figure = plots.sequences(labels, errors, before)
     keys = labels["scene"] + "/" + labels["seq"]
-    for axes, error in zip(figure.axes, errors):
-        drawn = [line.get_ydata() for line in axes.lines if line.get_linestyle() == "-" and len(line.get_xdata()) > 2]
-        assert len(drawn) == 3 and all(np.array_equal(ours, error[keys == key], equal_nan=True) for ours, key in zip(drawn, keys.unique()))
+    for axes, pair in zip(figure.axes, zip(before, errors)):
+        for line, error in zip(axes.lines, pair, strict=False):
+            parts = [error[keys == key] for key in keys.unique()]
+            assert np.array_equal(line.get_ydata(), np.concatenate([parts[0], [np.nan], parts[1], [np.nan], parts[2]]), equal_nan=True)
+            assert np.array_equal(line.get_xdata(), [*range(15), np.nan, *range(15, 30), np.nan, *range(30, 40)], equal_nan=True)
     [names] = figure.axes[0].child_axes
     assert {label.get_text(): at for at, label in zip(names.get_xticks(), names.get_xticklabels())} == {
-        "attic/seq-01": 7, "attic/seq-02": 22, "cellar/seq-01": 34.5}
+        "attic/seq-01": 7, "attic/seq-02": 22, "..." + f"{NAME}/seq-01"[-17:]: 34.5}
+
+
+def test_a_training_is_drawn_over_epochs():
+    curves = [[2, 1e-3, 5.0, 0.4, 40.0, np.nan, np.nan], [4, 1e-4, -1.0, 0.2, 20.0, 0.3, 30.0]]
+    loss, rate, position, orientation = plots.training(np.array([6.0, 4, 0, -2]), np.array(curves)).axes
+
+    def shown(axes):
+        return [[list(line.get_xdata()), list(line.get_ydata())] for line in axes.lines]
+
+    assert shown(loss) == [[[0.5, 1, 1.5, 2], [6, 4, 0, -2]], [[1, 2], [5, -1]]]
+    assert shown(rate) == [[[0, 1, 2], [1e-3, 1e-3, 1e-4]]] and rate.lines[0].get_drawstyle() == "steps-pre"
+    assert shown(position) == [[[1, 2], [0.4, 0.2]], [[2], [0.3]]] and shown(orientation) == [[[1, 2], [40, 20]], [[2], [30]]]
+    assert [line.get_label() for line in position.lines] == ["training, as it goes", "validation"]
 
 
 def test_the_worst_frames_are_shown_with_their_errors(tested):
@@ -107,7 +130,7 @@ def test_the_worst_frames_are_shown_with_their_errors(tested):
     assert shown[:3] == by_position[:3]  # the one without an estimate is the worst of all
     assert shown[3:] == [i for i in by_orientation if i not in shown[:3]][:3]
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[1] == f"seq/frame-{shown[1]:06d}.png\n{errors[0][shown[1]]:.2f} m, {errors[1][shown[1]]:.1f} deg"
+    assert titles[1] == f"...{f'{NAME}/frame-{shown[1]:06d}.png'[-37:]}\n{errors[0][shown[1]]:.2f} m, {errors[1][shown[1]]:.1f} deg"
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -91,6 +91,11 @@ def test_what_cannot_be_converted_is_named(files):
     (files / "others.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000009"))
     assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames: these are poses of other frames "
             "(1 of 7)") in refused("others", "tum", "--frames", files / "labels.csv")
+    (files / "twice.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000002"))
+    assert "twice.csv: row 5: img_path 'attic/seq-01/frame-000002.color.png' is there twice" in refused("twice", "tum", "--frames", files / "labels.csv")
     assert "--frames is for tum" in refused("others", "visloc", "--frames", files / "labels.csv")
     status, _, errors = run_module_here(poses, files / "labels.csv", files / "labels.csv", "--format", "tum", "--convention", "7Scenes")
     assert status == 2 and "is the file to convert" in errors
+    status, _, errors = run_module_here(poses, files / "predictions.csv", files / "labels.csv", "--format", "tum", "--convention", "7Scenes",
+                                        "--frames", files / "labels.csv")
+    assert status == 2 and "is the file to count the frames by" in errors

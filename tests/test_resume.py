@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write
 
 from bench import survival
 from util import engine, resume
+from util.errors import UserError
 
 SMALL = ["--set", "backbone_type=mobilenet", "hidden_dim=16", "n_epochs=4", "batch_size=3", "n_workers=0", "n_freq_checkpoint=100",
          "precision=fp32"]
@@ -265,6 +267,18 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(layout, stopped, 
     assert f"{layout / 'tested'}/run_" in full(2 ** 13, *tested)  # the log
     output = run_here("main.py", *resumed)  # there is room again
     assert "Going on after epoch" in output and weights_of(output).is_file()
+
+
+def test_tensorboard_without_room_ends_in_one_line(tmp_path, small_files, capfd):
+    run = SimpleNamespace(args=SimpleNamespace(tensorboard=True), prefix=str(tmp_path / "run"))
+    for limit, words in ((2000, "File too large"), (None, "File exists")):
+        with pytest.raises(UserError, match=f"run_tensorboard: cannot be written: {words}"), engine._tensorboard(run, 0) as board:
+            small_files(limit)
+            board([500, 1e-3, 0.5, 0.1, 1.0, 0.1, 1.0], [0.5] * 500)
+        small_files(None)
+        assert not capfd.readouterr().err
+        shutil.rmtree(tmp_path / "run_tensorboard", ignore_errors=True)
+        (tmp_path / "run_tensorboard").touch()
 
 
 def test_a_run_outlives_its_screen(layout):

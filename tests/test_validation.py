@@ -40,8 +40,13 @@ def logged(output):
 
 
 def found_in_test(layout, script, *weights):
-    output = run_here(script, *arguments(layout, "test", "tested", *weights))
-    return re.search("^Median pose error: (.*)$", output, flags=re.MULTILINE)[1]
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        output = run_here(script, *arguments(layout, "test", "tested", *weights, test_batch_size=2))
+    found = re.search("^Median pose error: (.*)$", output, flags=re.MULTILINE)[1]
+    shown = re.findall(r"5/5 \[.* median ([\d.]+) m, ([\d.]+) deg\]", terminal.getvalue())[-1]
+    if script != "main_refine_apr.py":  # its bar shows the APR's
+        assert [float(number) for number in shown] == pytest.approx([float(text) for text in re.findall(r"[\d.]+(?=\[)", found)], abs=0.006)
+    return found
 
 
 def test_the_best_weights_are_those_of_the_epoch_that_the_log_names(layout):

@@ -2,9 +2,10 @@
 import logging
 import math
 import signal
+import threading
 import time
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -196,9 +197,19 @@ def _tensorboard(run, n_steps):
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
+    hook = threading.excepthook  # the writer's thread would print a traceback of what flush raises again
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
+    try:
+        writer = SummaryWriter(folder, purge_step=n_steps + 1)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     logging.info("TensorBoard: %s", folder)
-    with SummaryWriter(folder, purge_step=n_steps + 1) as writer:
+    try:
         yield write
+    finally:
+        with suppress(OSError):
+            writer.close()
+        threading.excepthook = hook
 
 
 class _Step(nn.Module):
@@ -360,7 +371,7 @@ def evaluate(run, estimate, dataset):
     if run.args.cache_dir:
         dataset.cache_frames(run.args.cache_dir)
     batches = frames_of(run, dataset)
-    results, singles, truth = [], [], []
+    results, singles, errors = [], [], []
     with progress(total=len(processes.share(range(len(dataset)))), unit="frame") as bar:
         for batch in batches:
             batch = to_device(batch, run.device)
@@ -371,8 +382,8 @@ def evaluate(run, estimate, dataset):
             result["milliseconds"] = torch.full((size,), taken / size)
             results.append({key: value.cpu() for key, value in result.items()})
             if not bar.disable and "pose" in batch:
-                truth.append(batch["pose"])
-                bar.set_postfix_str("median {:.2f} m, {:.2f} deg".format(*_median_errors(concatenate(results)["pose"], torch.cat(truth))))
+                errors.append(torch.stack(pose_err(results[-1]["pose"], batch["pose"].cpu())))
+                bar.set_postfix_str("median {:.2f} m, {:.2f} deg".format(*torch.cat(errors, dim=1).quantile(0.5, dim=1)))
             bar.update(size)
     results = processes.merge(concatenate(results))
     processes.first_alone()

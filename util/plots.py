@@ -50,7 +50,7 @@ def training(losses, curves):
     if losses.min() > 0:
         _logarithmic(panels[0, 0])
     else:  # the first batches' can be far above the rest
-        low, high = losses.min(), max(np.percentile(losses, 98), *loss)
+        low, high = losses.min(), np.percentile(losses, 98)
         panels[0, 0].set_ylim(low - 0.05 * (high - low) - LEAST, high + 0.05 * (high - low) + LEAST)
     panels[0, 1].step([0, *epochs], [*rate[:1], *rate], color=COLOURS[0])
     panels[0, 1].set(ylabel="learning rate", title="Learning rate")
@@ -85,7 +85,7 @@ def positions(scenes, truth, estimate, errors):
         up, downwards = vertical(truth[frames])
         others = [(up + 1) % 3, (up + 2) % 3][::-1 if downwards else 1]  # right-handed, seen from above
         finite = np.isfinite(found).all(axis=1)
-        spread = np.ptp(true[:, others], axis=0)
+        spread = np.subtract(*np.percentile(true[:, others], (95, 5), axis=0))
         scale = Normalize(0, max(np.percentile(error[finite], 95) if finite.any() else 0, LEAST))
         for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the side")):
             axes.plot(true[:, a], true[:, b], ".", color="black", markersize=3, label="true")
@@ -97,7 +97,9 @@ def positions(scenes, truth, estimate, errors):
                 half = max(high - low for low, high in limits) / 2
                 limits = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
                 axes.legend(loc="best", markerscale=1.5)
-            axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", title=f"{name} from {side}", xlim=limits[0],
+            outside = (np.abs(np.stack((true, found))[:, :, (a, b)] - np.mean(limits, axis=1)) > np.ptp(limits, axis=1) / 2).any(axis=(0, 2)).sum()
+            axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", xlim=limits[0],
+                     title=f"{_short(name)} from {side}" + (f", {outside} of {len(frames)} outside" if outside else ""),
                      ylim=limits[1][::-1] if b == up and downwards else limits[1], box_aspect=1)
             axes.grid(alpha=0.3)
         figure.colorbar(points, cax=row[2], extend="max", label="position error [m]")
@@ -107,20 +109,21 @@ def positions(scenes, truth, estimate, errors):
 def cumulative(scenes, errors, before=None):
     """What share of the frames has at most so large an error, of position and of orientation; a line a scene."""
     names = sorted(set(scenes))
-    figure, panels = _figure(9, 4 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
+    figure, panels = _figure(9, 4.2 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
     for axes, k, name, unit in zip(panels[0], (0, 1), ("position", "orientation"), ("m", "deg")):
         lines = [(errors[k], "-", "")] + ([(before[k], "--", ", the APR alone")] if before else [])
         for i, scene in enumerate(names):
             for values, style, suffix in lines:
                 error = np.sort(values[scenes == scene])  # those that are not finite last
                 axes.step([0, *error], np.arange(len(error) + 1) / len(error) * 100, style, where="post", color=COLOURS[i % len(COLOURS)],
-                          label=f"{scene}{suffix}: median {np.median(error):.{3 - k}f} {unit}")
-        finite = errors[k][np.isfinite(errors[k])]
-        # Its last hundredth can be as long as the rest.
+                          label=f"{np.median(error):.{3 - k}f} {unit}: {_short(scene)}{suffix}")
+        all_errors = np.concatenate([values for values, _, _ in lines])
+        finite = all_errors[np.isfinite(all_errors)]
+        # The last hundredth can be as long as the rest.
         axes.set(xlabel=f"{name} error [{unit}]", xlim=(0, max(np.percentile(finite, 99) * 1.02 if len(finite) else 0, LEAST)), ylim=(0, 101),
                  title=f"{name.capitalize()} error")
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), title="median")
     panels[0, 0].set_ylabel("frames with at most this error [%]")
     return figure
 
@@ -130,17 +133,15 @@ def sequences(labels, errors, before=None):
     keys = (labels["scene"] + "/" if labels["scene"].nunique() > 1 else "") + labels["seq"].astype(str)
     order = np.argsort(keys.map({key: i for i, key in enumerate(keys.unique())}).to_numpy(), kind="stable")
     keys = keys.to_numpy()[order]
-    begins = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
-    ends = [*begins[1:], len(keys)]
+    begins = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     figure, panels = _figure(9, 6, 2, 1, sharex=True, subplot_kw={"yscale": "log"})
     for axes, k, name, unit in zip(panels[:, 0], (0, 1), ("position", "orientation"), ("m", "deg")):
-        for part, (begin, end) in enumerate(zip(begins, ends)):
-            frames = np.arange(begin, end)
-            for values, colour, label in ([(before[k], "0.65", "the APR alone")] if before else []) + [(errors[k], COLOURS[0], "error")]:
-                axes.plot(frames, np.maximum(values[order[frames]], LEAST), "." if len(keys) > 1000 else ".-", color=colour, linewidth=0.6, markersize=2.5,
-                          label=None if part else label)
-            if begin:
-                axes.axvline(begin - 0.5, color="black", linewidth=0.6)
+        for values, colour, label in ([(before[k], "0.65", "the APR alone")] if before else []) + [(errors[k], COLOURS[0], "error")]:
+            # Lines end where a sequence does.
+            drawn = [np.insert(numbers, begins, np.nan) for numbers in (np.arange(len(keys), dtype=float), np.maximum(values[order], LEAST))]
+            axes.plot(*drawn, "." if len(keys) > 1000 else ".-", color=colour, linewidth=0.6, markersize=2.5, label=label)
+        if len(begins) < 200:
+            axes.vlines(begins - 0.5, 0, 1, transform=axes.get_xaxis_transform(), color="black", linewidth=0.6)
         median = np.median(errors[k])
         axes.axhline(max(median, LEAST), color=COLOURS[1], linestyle="--", linewidth=1, label=f"median {median:.{3 - k}f} {unit}")
         axes.set(ylabel=f"{name} error [{unit}]", xlim=(-0.5, len(keys) - 0.5))
@@ -150,19 +151,22 @@ def sequences(labels, errors, before=None):
         axes.grid(alpha=0.3)
         axes.legend(loc="upper right", ncols=3)
     panels[1, 0].set_xlabel("frame")
+    parts = sorted(zip([0, *begins], [*begins, len(keys)]), key=lambda part: part[0] - part[1])  # the longest first
+    names = [_short(keys[begin]) for begin, _ in parts]
+    lying = all(len(name) / 90 < (end - begin) / len(keys) for name, (begin, end) in zip(names, parts))
+    middles, named = [], []
+    for name, (begin, end) in zip(names, parts):  # as many as fit
+        middle = (begin + end - 1) / 2
+        if all(abs(middle - other) > 0.025 * len(keys) for other in middles):
+            middles, named = [*middles, middle], [*named, name]
     top = panels[0, 0].secondary_xaxis("top")
-    lying = len(begins) <= 5 and max(len(key) for key in keys) <= 20
-    named = []
-    for begin, end in sorted(zip(begins, ends), key=lambda part: part[0] - part[1]):  # the longest first, as many as fit
-        if lying or all(abs(begin + end - sum(other)) / 2 > 0.025 * len(keys) for other in named):
-            named.append((begin, end))
-    top.set_xticks([(begin + end - 1) / 2 for begin, end in named], [keys[begin] for begin, _ in named], rotation=0 if lying else 90)
+    top.set_xticks(middles, named, rotation=0 if lying else 90)
     top.tick_params(length=0)
     return figure
 
 
 def worst(labels, errors, frame):
-    """The frames with the largest errors of position and, in the second row, of orientation. frame: row's position -> PIL image."""
+    """The frames with the largest errors of position and, in the second row, of the others those of orientation. frame: row's position -> PIL image."""
     figure, panels = _figure(9, 5.8, 2, N_WORST)
     shown = []
     for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
@@ -171,9 +175,8 @@ def worst(labels, errors, frame):
             axes.set(xticks=[], yticks=[], frame_on=False)
         for axes, i in zip(row, frames):
             axes.imshow(frame(i))
-            path = "/".join(labels["img_path"].iloc[i].split("/")[-2:])
-            axes.set_title(f"{path if len(path) <= 40 else '...' + path[-37:]}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg", fontsize=8)
-        row[0].set_ylabel(f"largest {name} errors")
+            axes.set_title(f"{_short('/'.join(labels['img_path'].iloc[i].split('/')[-2:]), 40)}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg", fontsize=8)
+        row[0].set_ylabel(f"largest {name} errors{' of the others' * k}")
         shown += frames
     return figure
 
@@ -181,8 +184,9 @@ def worst(labels, errors, frame):
 def vertical(poses):
     """A scene's vertical axis: its number, and whether it points down. poses: N x 7.
 
-    It is the axis along which the images' own vertical agrees best. Whether quaternions are camera-to-world or world-to-camera
-    is not known here: with the wrong one images agree less, unless both say the same.
+    It is the axis along which the images' own vertical agrees best, which is right for cameras that look less than 45 degrees up or
+    down. Whether quaternions are camera-to-world or world-to-camera is not known here: for such cameras images agree less with the
+    wrong one, unless both say the same.
     """
     w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
     to_world = torch.stack((2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)))  # of the image's downward axis
@@ -202,6 +206,10 @@ def _limits(*values):
     return low - margin, high + margin
 
 
+def _short(name, length=20):
+    return name if len(name) <= length else f"...{name[3 - length:]}"
+
+
 def _logarithmic(axes):
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -219,8 +227,10 @@ def _colormap(name):
 
 
 def _figure(width, height, n_rows, n_columns, **options):
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # names may have dollar signs
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)
 

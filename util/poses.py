@@ -26,15 +26,16 @@ def camera_to_world(poses, convention):
 
 def tum(table, convention, frames=None):
     """Lines of a TUM trajectory: time, position, quaternion x y z w, camera-to-world. The time is the frame's place, from 0, in the table
-    or among the names in `frames`. Raises UserError for a frame that is not there."""
+    or among the names in `frames`. Raises UserError for a frame that is not there, or twice."""
     times = range(len(table))
     if frames is not None:
-        places = {name: i for i, name in reversed(list(enumerate(frames)))}
-        strange = [i for i, name in enumerate(table["img_path"]) if name not in places]
-        if strange:
-            raise UserError(f"row {table['row'][strange[0]]}: img_path '{table['img_path'][strange[0]]}' is not in the file of --frames: these "
-                            f"are poses of other frames ({len(strange)} of {len(table)})")
-        times = [places[name] for name in table["img_path"]]
+        places, names = {name: i for i, name in reversed(list(enumerate(frames)))}, table["img_path"]
+        for rows, problem in ((~names.isin(places), "is not in the file of --frames: these are poses of other frames"),
+                              (names.duplicated(), "is there twice, and has one time")):
+            if rows.any():
+                i = int(rows.to_numpy().argmax())
+                raise UserError(f"row {table['row'][i]}: img_path '{names[i]}' {problem} ({rows.sum()} of {len(names)})")
+        times = [places[name] for name in names]
     rotations, positions = camera_to_world(poses_of(table), convention)
     poses = np.hstack((positions, rotations.as_quat()))
     return [f"{time} {_numbers(pose)}" for time, pose in sorted(zip(times, poses), key=lambda line: line[0])]
@@ -71,8 +72,10 @@ def main():
     args = parser.parse_args()
     if args.frames and args.format != "tum":
         raise UserError(f"--frames is for tum, which counts frames; leave it out with {args.format}")
-    if same_file(args.predictions, args.output):
-        raise UserError(f"{args.output} is the file to convert, which stays as it is; name another")
+    for path in filter(None, (args.predictions, args.frames)):
+        if same_file(path, args.output):
+            raise UserError(f"{args.output} is the file to {'convert' if path == args.predictions else 'count the frames by'}, which stays as it "
+                            "is; name another")
     if args.format == "labels":
         table = read_labels(args.predictions)
         write_labels(args.output, table)

@@ -139,7 +139,7 @@ def _read(path, epoch):
     state = load(path)
     if not (isinstance(state, dict) and set(state) == set(_TYPES)
             and all(isinstance(state[key], kind) for key, kind in _TYPES.items()) and state["epoch"] == epoch):
-        raise UserError(f"{path}: not the state of a training after {epoch} epochs")
+        raise UserError(f"{path}: not the state of a training after {epoch} epochs, or one of another version")
     try:
         settings = json.loads(state["settings"])
         settings["config"].keys(), settings["files"].keys()
