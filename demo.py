@@ -55,7 +55,7 @@ def main():
                     "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)[-1].removeprefix("Pictures: ") for room in names]
 
     pae_script = "main_learn_pose_encoding.py" if rooms == 1 else "main_learn_multiscene_pose_encoding.py"
-    # The test walk shows how the training goes; the weights that are tested do not depend on it.
+    # The first room's test walk shows how the training goes; the weights that are tested do not depend on it.
     validation = ["--val_labels_file", f"{labels}/abs_7scenes_pose.csv_{names[0]}_test.csv"]
     apr, picture = train("main.py", *validation, more=TRAINING[model])
     test("main.py", "apr", "--checkpoint_path", apr)

@@ -1,5 +1,4 @@
 """Pictures of trainings and tests, in colours that all eyes tell apart (Okabe & Ito; plasma) and that differ in grey."""
-
 import numpy as np
 import torch
 
@@ -10,7 +9,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 CURVES = ("steps", "learning rate", "loss", "position", "orientation", "position in validation", "orientation in validation")
 N_WORST = 3  # frames, of position and of orientation
 LEAST = 1e-6  # metres, degrees: what is drawn for 0 on a logarithmic axis
-_MANY = 5000  # points, of which more cannot be told apart
 
 
 def draw_training(path, losses, curves):
@@ -23,8 +21,8 @@ def draw_test(prefix, labels, truth, estimate, errors, frame, before=None, warni
     """Write the pictures of a test and return their paths: <prefix>_positions.png, _errors.png, _sequences.png, _worst.png.
 
     labels: a label file's table, N rows; truth, estimate: poses N x 7; errors: (position, orientation), N each, in metres and
-    degrees; before: those of the APR alone, where a PAE or a refinement was tested; frame: row's position -> PIL image; warning: words above every
-    picture.
+    degrees; frame: row's position -> PIL image; before: the errors of the APR alone, where a PAE or a refinement was tested;
+    warning: words above every picture.
     """
     figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]), "errors": cumulative(labels["scene"], errors, before),
                "sequences": sequences(labels, errors, before), "worst": worst(labels, errors, frame)}
@@ -42,7 +40,7 @@ def training(losses, curves):
     epochs = np.arange(1, len(curves) + 1)
     line = {"color": COLOURS[0], "marker": "o" if len(epochs) <= 30 else None, "markersize": 3}
     figure, panels = _figure(9, 6, 2, 2, sharex=True)
-    shown = slice(None, None, len(losses) // _MANY + 1)
+    shown = slice(None, None, len(losses) // 5000 + 1)  # more points cannot be told apart
     at = np.interp(np.arange(1, len(losses) + 1), [0, *steps], [0, *epochs])
     panels[0, 0].plot(at[shown], losses[shown], color="0.75", linewidth=0.6, label="a batch's")
     panels[0, 0].plot(epochs, loss, **line, label="an epoch's mean")
@@ -73,10 +71,11 @@ def training(losses, curves):
 def positions(scenes, truth, estimate, errors):
     """True and estimated positions from above and from the side, a row a scene, each estimate joined to its truth and coloured by its
     error. scenes: N names; truth, estimate: poses N x 7; errors: N, in metres."""
+    from matplotlib import colormaps
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    plasma = LinearSegmentedColormap.from_list("", _colormap("plasma")(np.linspace(0, 0.85, 256)))  # its end is too light for paper
+    plasma = LinearSegmentedColormap.from_list("", colormaps["plasma"](np.linspace(0, 0.85, 256)))  # its end is too light for paper
     names = sorted(set(scenes))
     figure, panels = _figure(9.5, 4.2 * len(names), len(names), 3, width_ratios=(1, 1, 0.05))
     for row, name in zip(panels, names):
@@ -166,7 +165,8 @@ def sequences(labels, errors, before=None):
 
 
 def worst(labels, errors, frame):
-    """The frames with the largest errors of position and, in the second row, of the others those of orientation. frame: row's position -> PIL image."""
+    """The frames with the largest errors of position and, in the second row, of the others those of orientation. frame: row's
+    position -> PIL image."""
     figure, panels = _figure(9, 5.8, 2, N_WORST)
     shown = []
     for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
@@ -218,12 +218,6 @@ def _logarithmic(axes):
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _colormap(name):
-    import matplotlib
-
-    return matplotlib.colormaps[name]
 
 
 def _figure(width, height, n_rows, n_columns, **options):
