@@ -25,7 +25,7 @@ def test_a_benchmark_prints_its_tables_and_writes_them(tmp_path, name, arguments
 
 
 def test_the_benchmark_of_refinement_goes_on_from_what_is_done(tmp_path, monkeypatch):
-    labels = [write_labels(tmp_path / f"{split}.csv", write_scene(tmp_path, "attic", n, split)) for split, n in (("train", 40), ("test", 30))]
+    labels = [write_labels(tmp_path / f"{split}.csv", write_scene(tmp_path, "attic", n, split)) for split, n in (("train", 20), ("test", 10))]
     scene = tuple(map(str, (tmp_path, *labels)))
     commands = []
     monkeypatch.chdir(ROOT)
