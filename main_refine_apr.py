@@ -5,6 +5,7 @@ from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS
 from util import cli
 
 SOLVERS = ("linear", "inversion", "mlp", "simplex")
+NEED_NOISE = ("linear", "inversion")  # what PAEs trained here hold: the covariance of latents
 
 
 def main():
@@ -16,10 +17,10 @@ def main():
                         help="the refiner's weights to start from in training, to test in testing (default: none in training)")
     parser.add_argument("--ref_poses_file", metavar="TRAIN.csv",
                         help="the training labels, whose poses optimize takes as references (default: none; required there)")
-    parser.add_argument("--solver", choices=SOLVERS, default="linear",
+    parser.add_argument("--solver", choices=SOLVERS,
                         help="how optimize refines: linear, the best linear estimate from the latents, given the references and their "
                              "encodings; inversion, the pose whose encoding is nearest to the latents; mlp, the paper's; simplex, "
-                             "the minimum of the paper's objective (default: linear)")
+                             "the minimum of the paper's objective (default: linear, or with a published PAE mlp)")
     parser.add_argument("--allow_query_poses", action="store_true",
                         help="let the references hold poses under test, as published: the result is no measurement")
     args = parser.parse_args()
@@ -87,21 +88,22 @@ def main():
         def refine(queries):
             return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)
     else:
-        tested = f"{args.apr_checkpoint_path} refined by {args.encoder_checkpoint_path} ({args.solver})"
         encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
         freeze(encoder)
         if not encoder.takes_unit_quaternions:
             logging.warning("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as the "
                             "references'; a PAE trained with main_learn_*pose_encoding.py has", args.encoder_checkpoint_path)
-        if args.solver in ("linear", "inversion") and not encoder.noise.any():
-            logging.warning("%s does not hold the covariance of latents that %s works with; a PAE trained with "
-                            "main_learn_*pose_encoding.py does", args.encoder_checkpoint_path, args.solver)
+        solver = args.solver or ("linear" if encoder.noise.any() else "mlp")
+        if solver in NEED_NOISE and not encoder.noise.any():
+            raise UserError(f"{args.encoder_checkpoint_path}: does not hold the covariance of latents that {solver} works with, as a PAE trained "
+                            "with main_learn_*pose_encoding.py does; choose --solver mlp or simplex")
+        tested = f"{args.apr_checkpoint_path} refined by {args.encoder_checkpoint_path} ({solver})"
         references, scenes, leaked = read_references(
             args.ref_poses_file, dataset, names, config["num_scenes"] if multi_scene else None, args.allow_query_poses)
         references, scenes = references.to(run.device), scenes.to(run.device)
 
         def refine(queries):
-            return optimize(args.solver, encoder, queries, references, scenes, config, run.seed)
+            return optimize(solver, encoder, queries, references, scenes, config, run.seed)
 
     results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}

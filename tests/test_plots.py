@@ -37,7 +37,7 @@ def figures(labels, truth, estimate, errors):
     curves = np.array([[20 * epoch, 1e-4, 1 / epoch, 2 / epoch, 30 / epoch, np.nan if epoch % 2 else 3 / epoch, np.nan] for epoch in (1, 2, 3)])
     return {"positions": plots.positions(labels["scene"], truth, estimate, errors[0]),
             "errors": plots.cumulative(labels["scene"], errors, before), "sequences": plots.sequences(labels, errors, before),
-            "worst": plots.worst(labels, errors, lambda i: Image.new("RGB", (341, 256), (i, 0, 0))), "training": plots.training(losses, curves)}
+            "worst": plots.worst(labels, errors, lambda i: Image.new("RGB", (341, 256), (i, 0, 0))), "training": plots.training(losses, curves, (1, 1))}
 
 
 @pytest.mark.parametrize("name", ["positions", "errors", "sequences", "worst", "training"])
@@ -87,11 +87,14 @@ def test_curves_of_errors_are_shares_of_frames():
     figure = plots.cumulative(pd.Series(["attic"] * 100), [position, ours], before=[50 * position, 2 * position])
     first, second = figure.axes
     for line, factor in zip(first.lines, (1, 50), strict=True):
-        assert np.array_equal(line.get_xdata(), factor * np.arange(101)) and np.allclose(line.get_ydata(), np.arange(101))
-        assert line.get_drawstyle() == "steps-post"
+        assert np.array_equal(line.get_xdata()[:101], factor * np.arange(101)) and np.allclose(line.get_ydata(), [*range(101), 100])
+        assert line.get_drawstyle() == "steps-post" and line.get_xdata()[101] == first.get_xlim()[1]  # it stays at 100 %
     assert [line.get_label() for line in first.lines] == ["50.500 m: attic", "2525.000 m: attic, the APR alone"]
     assert [line.get_label() for line in second.lines] == ["nan deg: attic", "101.00 deg: attic, the APR alone"]
     assert first.get_xlim()[1] > 4900  # both curves are to be seen
+    assert (first.get_title(), second.get_title()) == ("Position error", "Orientation error, 100 of 100 frames beyond")
+    position[0] = 1e7
+    assert plots.cumulative(pd.Series(["attic"] * 100), [position, position]).axes[0].get_title() == "Position error, 1 of 100 frames beyond"
 
 
 def test_errors_are_drawn_sequence_by_sequence(tested):
@@ -120,29 +123,32 @@ def test_a_training_is_drawn_over_epochs():
     assert shown(rate) == [[[0, 1, 2], [1e-3, 1e-3, 1e-4]]] and rate.lines[0].get_drawstyle() == "steps-pre"
     assert shown(position) == [[[1, 2], [0.4, 0.2]], [[2], [0.3]]] and shown(orientation) == [[[1, 2], [40, 20]], [[2], [30]]]
     assert [line.get_label() for line in position.lines] == ["training, as it goes", "validation"]
+    position, orientation = plots.training(np.array([6.0, 4, 0, -2]), np.array(curves), (0.25, 25)).axes[2:]
+    assert shown(position)[2] == [[2], [0.25]] and shown(orientation)[2] == [[2], [25]]
 
 
 def test_the_worst_frames_are_shown_with_their_errors(tested):
-    labels, _, _, errors = tested
+    labels = tested[0]
+    errors = [np.zeros(40), np.zeros(40)]
+    errors[0][[0, 2, 4, 12, 31, 39]] = 0.1, 9, 7, 5, np.nan, 8  # 4 is of 2's sequence and near it, 39 of the other scene and near 31
+    errors[1][[1, 3, 12, 14, 24]] = 40, 30, 60, 50, 20  # 1, 3 and 14 follow one another, 12 is shown, 14 is near it
     shown = []
-    figure = plots.worst(labels, errors, lambda i: shown.append(i) or Image.new("RGB", (341, 256)))
-    by_position, by_orientation = ([7, *[i for i in np.argsort(-error) if i != 7]] for error in errors)
-    assert shown[:3] == by_position[:3]  # the one without an estimate is the worst of all
-    assert shown[3:] == [i for i in by_orientation if i not in shown[:3]][:3]
+    figure = plots.worst(labels, errors, lambda i: shown.append(int(i)) or Image.new("RGB", (341, 256)))
+    assert shown == [31, 2, 12, 1, 24, 11]
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[1] == f"...{f'{NAME}/frame-{shown[1]:06d}.png'[-37:]}\n{errors[0][shown[1]]:.2f} m, {errors[1][shown[1]]:.1f} deg"
+    assert titles[1] == f"...{f'a/{NAME}/frame-000002.png'[-41:]}\n9.00 m, 0.0 deg" and titles[3].endswith("\n0.00 m, 40.0 deg")
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_few_frames_are_drawn_too(tmp_path, n):
     labels = pd.DataFrame({"scene": ["attic"] * n, "seq": ["1"] * n, "img_path": ["a.png"] * n})
     poses = np.tile((0.0, 0, 0, 1, 0, 0, 0), (n, 1))
-    paths = plots.draw_test(tmp_path / "run", labels, poses, poses, [np.zeros(n)] * 2, lambda i: Image.new("RGB", (9, 9)))
+    paths = plots.draw_test(tmp_path / "run", labels, poses, poses, [np.zeros(n)] * 2, lambda i: Image.new("RGB", (9, 9)), "tested")
     assert [path.name for path in sorted(tmp_path.iterdir())] == sorted(path.split("/")[-1] for path in map(str, paths))
 
 
-def test_a_warning_stands_above_every_picture(tested, monkeypatch):
+def test_every_picture_of_a_test_says_what_was_tested(tested, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
-    plots.draw_test("run", *tested, lambda i: Image.new("RGB", (9, 9)), warning="no measurement")
-    assert [figure.get_suptitle() for figure in figures] == ["no measurement"] * 4
+    plots.draw_test("run", *tested, lambda i: Image.new("RGB", (9, 9)), "apr.pth on test.csv")
+    assert [figure.get_suptitle() for figure in figures] == ["apr.pth on test.csv"] * 4

@@ -89,8 +89,8 @@ def test_what_cannot_be_converted_is_named(files):
     assert "no_poses.csv: column 't1' is missing" in refused("no_poses", "tum")
     assert "absent.csv: not a readable label file" in refused("absent", "tum")
     (files / "others.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000009"))
-    assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames: these are poses of other frames "
-            "(1 of 7)") in refused("others", "tum", "--frames", files / "labels.csv")
+    assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames, which begins with "
+            "'attic/seq-01/frame-000000.color.png': these are poses of other frames (1 of 7)") in refused("others", "tum", "--frames", files / "labels.csv")
     (files / "twice.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000002"))
     assert "twice.csv: row 5: img_path 'attic/seq-01/frame-000002.color.png' is there twice" in refused("twice", "tum", "--frames", files / "labels.csv")
     assert "--frames is for tum" in refused("others", "visloc", "--frames", files / "labels.csv")

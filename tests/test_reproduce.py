@@ -94,6 +94,10 @@ def test_what_cannot_be_reproduced_is_named(dataset, printed, tmp_path):
     (tmp_path / "apr.json").unlink()
     assert "no scene of CambridgeLandmarks is there" in refused("CambridgeLandmarks", *arguments[1:])
     assert "--solver needs --encoder_checkpoint" in refused(*arguments, "--solver", "mlp")
+    with_pae = [*arguments, "--encoder_checkpoint", tmp_path / "pae.pth", "--solver", "linear"]
+    assert "pae.pth: does not hold the covariance of latents that linear works with; choose --solver mlp or simplex" in refused(*with_pae)
+    with_pae[with_pae.index(tmp_path / "pae.pth")] = tmp_path / "apr.pth"
+    assert "apr.pth: weights of ems-transposenet, but a PAE's are needed" in refused(*with_pae)
     assert "a checkpoint of multi-scene PAE, but an APR's is needed" in refused(*arguments[:6], tmp_path / "pae.pth")
     torch.save(get_model("posenet", "none", {"hidden_dim": 8, "backbone_type": "mobilenet"}).state_dict(), tmp_path / "posenet.pth")
     assert "a model of one scene; give the path of each scene's with {scene}" in refused(*arguments[:6], tmp_path / "posenet.pth")

@@ -272,7 +272,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(layout, stopped, 
 def test_tensorboard_without_room_ends_in_one_line(tmp_path, small_files, capfd):
     run = SimpleNamespace(args=SimpleNamespace(tensorboard=True), prefix=str(tmp_path / "run"))
     for limit, words in ((2000, "File too large"), (None, "File exists")):
-        with pytest.raises(UserError, match=f"run_tensorboard: cannot be written: {words}"), engine._tensorboard(run, 0) as board:
+        with pytest.raises(UserError, match=f"run_tensorboard: cannot be written: {words}"), engine._tensorboard(run, SimpleNamespace(curves=[])) as board:
             small_files(limit)
             board([500, 1e-3, 0.5, 0.1, 1.0, 0.1, 1.0], [0.5] * 500)
         small_files(None)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_here, run_well, weights_of, write_labels, write_scene
+from conftest import ROOT, fails_here, run_here, run_well, weights_of, write_labels, write_scene
 from PIL import Image
 
 from datasets.camera_poses import CameraPoseDataset, to_input
@@ -284,6 +284,14 @@ def test_a_pae_and_a_refiner_train(posenet, layout):
     assert np.allclose(table[[f"apr_q{i}" for i in range(1, 5)]], table[[f"q{i}" for i in range(1, 5)]], atol=1e-6)
     assert "held the answers" not in output and re.search(r"^Refinement: \d+\.\d+ ms a query, \d+\.\d% of the APR's time$",
                                                           output, flags=re.MULTILINE)
+    # A PAE without the covariance of latents, as published ones are, can do no more; that is then the default.
+    weights = torch.load(pae)
+    torch.save({**weights, "noise": torch.zeros_like(weights["noise"])}, layout / "published_pae.pth")
+    of_published = [layout / "published_pae.pth" if part == pae else part for part in listed[:-1]]
+    output = run_here("main_refine_apr.py", *of_published, "--ref_poses_file", layout / "attic.csv")
+    assert f"refined by {layout / 'published_pae.pth'} (mlp) on " in output
+    status, said = fails_here("main_refine_apr.py", *of_published, "--solver", "inversion", "--ref_poses_file", layout / "attic.csv")
+    assert status == 2 and "does not hold the covariance of latents that inversion works with" in said and "choose --solver mlp or simplex" in said
     leaked = run_here("main_refine_apr.py", *listed, "simplex", "--ref_poses_file", layout / "attic_test.csv", "--allow_query_poses")
     results = [line for line in leaked.splitlines() if line.startswith(("Median", "Mean pose", "90th", "Recall", "Change"))]
     assert len(results) == 9 and all(line.endswith(" (the references held the answers)") for line in results)

@@ -108,6 +108,9 @@ def test_validation_changes_no_training_and_goes_on_with_it(layout, monkeypatch)
     listed = arguments(layout, "train", "stopped", "--tensorboard", n_freq_validate=2)
     status, said = fails_here("main.py", *listed)
     assert status == 143
+    without = [part for part in listed if part not in ("--val_labels_file", layout / "test.csv")]
+    status, said = fails_here("main.py", *without[:6], "--resume", "latest", *without[6:])
+    assert status == 2 and "this training began with --val_labels_file" in said
     at = listed.index("--output_dir")
     output = run_here("main.py", *listed[:at], "--resume", "latest", *listed[at:])
     assert logged(output)[1:] == logged(whole)[1:]

@@ -74,7 +74,7 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
         trained_step = DistributedDataParallel(_Step(step, model, pose_loss), find_unused_parameters=True)
     saved, saving = -math.inf, 0.0  # when a state was written, and how long that took
 
-    with signals.deferred() as received, _tensorboard(run, len(losses)) as board:
+    with signals.deferred() as received, _tensorboard(run, course) as board:
         with progress(total=n_steps, initial=len(losses), unit="batch") as bar:
             for epoch in range(course.epoch, n_epochs):
                 model.train()
@@ -144,15 +144,17 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
             trained = [norm for norm, n in zip(norms, course.tracked) if norm.num_batches_tracked > n]  # not frozen ones
             _take(course.averaged, model, trained, batches(n_epochs), lambda batch: step(to_device(batch, run.device)), received)
 
+        final = None
         if validate:
-            logging.info("Validation of the final weights: median pose error: %s", _validate(model, validate, precision)[1])
+            final, text = _validate(model, validate, precision)
+            logging.info("Validation of the final weights: median pose error: %s", text)
             if course.best:
                 logging.info("Best in validation: those after epoch %d, %s_best.pth", course.best[1], run.prefix)
         processes.first_alone()
         before_save()
         logging.info("Training completed")
         save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
-        draw_training(f"{run.prefix}_loss_fig.png", losses, course.curves)
+        draw_training(f"{run.prefix}_loss_fig.png", losses, course.curves, final)
         resume.remove(run.prefix)
         logging.info("Picture: %s_loss_fig.png", run.prefix)
         logging.info("Weights: %s_final.pth", run.prefix)
@@ -172,9 +174,9 @@ class _Course:
 
 
 @contextmanager
-def _tensorboard(run, n_steps):
-    """A function that writes an epoch to TensorBoard, over steps, where --tensorboard asks for it: (CURVES, losses of its steps). n_steps:
-    after which what an earlier process wrote does not count."""
+def _tensorboard(run, course):
+    """A function that writes an epoch to TensorBoard, over steps, where --tensorboard asks for it: (CURVES, losses of its steps). The epochs
+    of the course so far are written anew, and what an earlier process wrote does not count."""
     if not run.args.tensorboard or processes.rank() > 0:
         yield lambda curves, losses: None
         return
@@ -200,11 +202,13 @@ def _tensorboard(run, n_steps):
     hook = threading.excepthook  # the writer's thread would print a traceback of what flush raises again
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
     try:
-        writer = SummaryWriter(folder, purge_step=n_steps + 1)
+        writer = SummaryWriter(folder, purge_step=0)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     logging.info("TensorBoard: %s", folder)
     try:
+        for curves, (begin, *_) in zip(course.curves, [[0], *course.curves]):
+            write(curves, course.losses[begin:curves[0]])
         yield write
     finally:
         with suppress(OSError):

@@ -7,34 +7,33 @@ from util.rotations import unit_poses
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 CURVES = ("steps", "learning rate", "loss", "position", "orientation", "position in validation", "orientation in validation")
-N_WORST = 3  # frames, of position and of orientation
+N_WORST, N_APART = 3, 10  # frames with the largest errors of position, and of orientation, and how far apart
 LEAST = 1e-6  # metres, degrees: what is drawn for 0 on a logarithmic axis
 
 
-def draw_training(path, losses, curves):
+def draw_training(path, losses, curves, final=None):
     """Write a picture of a training. losses: one number a step; curves: epochs x CURVES, median errors in metres and degrees, NaN
-    where there was no validation."""
-    _save(training(np.array(losses), np.array(curves, float).reshape(-1, len(CURVES))), path)
+    where there was no validation; final: the median errors of the final weights in validation."""
+    _save(training(np.array(losses), np.array(curves, float), final), path)
 
 
-def draw_test(prefix, labels, truth, estimate, errors, frame, before=None, warning=None):
+def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None):
     """Write the pictures of a test and return their paths: <prefix>_positions.png, _errors.png, _sequences.png, _worst.png.
 
     labels: a label file's table, N rows; truth, estimate: poses N x 7; errors: (position, orientation), N each, in metres and
-    degrees; frame: row's position -> PIL image; before: the errors of the APR alone, where a PAE or a refinement was tested;
-    warning: words above every picture.
+    degrees; frame: row's position -> PIL image; caption: words above every picture; before: the errors of the APR alone, where a PAE
+    or a refinement was tested.
     """
     figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]), "errors": cumulative(labels["scene"], errors, before),
                "sequences": sequences(labels, errors, before), "worst": worst(labels, errors, frame)}
     paths = [f"{prefix}_{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
-        if warning:
-            figure.suptitle(warning, color=COLOURS[1])
+        figure.suptitle(caption, fontsize=8)
         _save(figure, path)
     return paths
 
 
-def training(losses, curves):
+def training(losses, curves, final=None):
     """Loss, learning rate and errors over epochs."""
     steps, rate, loss, *errors = curves.T
     epochs = np.arange(1, len(curves) + 1)
@@ -53,11 +52,13 @@ def training(losses, curves):
     panels[0, 1].step([0, *epochs], [*rate[:1], *rate], color=COLOURS[0])
     panels[0, 1].set(ylabel="learning rate", title="Learning rate")
     _logarithmic(panels[0, 1])
-    for axes, name, unit, of_training, of_validation in zip(panels[1], ("position", "orientation"), ("m", "deg"), errors[:2], errors[2:]):
+    for k, axes, name, unit, of_training, of_validation in zip((0, 1), panels[1], ("position", "orientation"), ("m", "deg"), errors[:2], errors[2:]):
         validated = np.isfinite(of_validation)
         axes.plot(epochs, np.maximum(of_training, LEAST), **line, label="training, as it goes")
         if validated.any():
             axes.plot(epochs[validated], np.maximum(of_validation[validated], LEAST), "--s", color=COLOURS[1], markersize=3, label="validation")
+        if final is not None:
+            axes.plot(epochs[-1], max(final[k], LEAST), "kD", markersize=5, label="validation of the final weights")
         axes.set(xlabel="epoch", ylabel=f"median {name} error [{unit}]", title=f"{name.capitalize()} error")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _logarithmic(axes)
@@ -86,7 +87,7 @@ def positions(scenes, truth, estimate, errors):
         finite = np.isfinite(found).all(axis=1)
         spread = np.subtract(*np.percentile(true[:, others], (95, 5), axis=0))
         scale = Normalize(0, max(np.percentile(error[finite], 95) if finite.any() else 0, LEAST))
-        for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the side")):
+        for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the side, not to scale")):
             axes.plot(true[:, a], true[:, b], ".", color="black", markersize=3, label="true")
             axes.add_collection(LineCollection(np.stack((true, found), axis=1)[finite][:, :, (a, b)], cmap=plasma, norm=scale, array=error[finite],
                                                linewidths=0.6, alpha=0.6))
@@ -95,11 +96,14 @@ def positions(scenes, truth, estimate, errors):
             if side == "above":  # to one scale
                 half = max(high - low for low, high in limits) / 2
                 limits = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
-                axes.legend(loc="best", markerscale=1.5)
+                mark = axes.legend(loc="best", markerscale=1.5).legend_handles[1]
+                mark.set_array(None)
+                mark.set_color("0.5")  # no error's
             outside = (np.abs(np.stack((true, found))[:, :, (a, b)] - np.mean(limits, axis=1)) > np.ptp(limits, axis=1) / 2).any(axis=(0, 2)).sum()
             axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", xlim=limits[0],
                      title=f"{_short(name)} from {side}" + (f", {outside} of {len(frames)} outside" if outside else ""),
                      ylim=limits[1][::-1] if b == up and downwards else limits[1], box_aspect=1)
+            axes.locator_params(axis="x", nbins=6)
             axes.grid(alpha=0.3)
         figure.colorbar(points, cax=row[2], extend="max", label="position error [m]")
     return figure
@@ -111,16 +115,19 @@ def cumulative(scenes, errors, before=None):
     figure, panels = _figure(9, 4.2 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
     for axes, k, name, unit in zip(panels[0], (0, 1), ("position", "orientation"), ("m", "deg")):
         lines = [(errors[k], "-", "")] + ([(before[k], "--", ", the APR alone")] if before else [])
+        all_errors = np.concatenate([values for values, _, _ in lines])
+        finite = all_errors[np.isfinite(all_errors)]
+        most, largest = np.percentile(finite, (99, 100), method="lower") if len(finite) else (0, 0)
+        limit = max(most if largest > 2 * most else largest, LEAST)  # the last hundredth can be as long as the rest
         for i, scene in enumerate(names):
             for values, style, suffix in lines:
                 error = np.sort(values[scenes == scene])  # those that are not finite last
-                axes.step([0, *error], np.arange(len(error) + 1) / len(error) * 100, style, where="post", color=COLOURS[i % len(COLOURS)],
+                shares = np.arange(len(error) + 1) / len(error) * 100
+                axes.step([0, *error, max(1.02 * limit, error[-1])], [*shares, shares[-1]], style, where="post", color=COLOURS[i % len(COLOURS)],
                           label=f"{np.median(error):.{3 - k}f} {unit}: {_short(scene)}{suffix}")
-        all_errors = np.concatenate([values for values, _, _ in lines])
-        finite = all_errors[np.isfinite(all_errors)]
-        # The last hundredth can be as long as the rest.
-        axes.set(xlabel=f"{name} error [{unit}]", xlim=(0, max(np.percentile(finite, 99) * 1.02 if len(finite) else 0, LEAST)), ylim=(0, 101),
-                 title=f"{name.capitalize()} error")
+        beyond = len(errors[k]) - (errors[k] <= limit).sum()
+        axes.set(xlabel=f"{name} error [{unit}]", xlim=(0, 1.02 * limit), ylim=(0, 101),
+                 title=f"{name.capitalize()} error" + (f", {beyond} of {len(errors[k])} frames beyond" if beyond else ""))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), title="median")
     panels[0, 0].set_ylabel("frames with at most this error [%]")
@@ -135,21 +142,19 @@ def sequences(labels, errors, before=None):
     begins = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     figure, panels = _figure(9, 6, 2, 1, sharex=True, subplot_kw={"yscale": "log"})
     for axes, k, name, unit in zip(panels[:, 0], (0, 1), ("position", "orientation"), ("m", "deg")):
-        for values, colour, label in ([(before[k], "0.65", "the APR alone")] if before else []) + [(errors[k], COLOURS[0], "error")]:
+        for values, colour, label in ([(before[k], "0.65", "the APR alone: ")] if before else []) + [(errors[k], COLOURS[0], "")]:
             # Lines end where a sequence does.
             drawn = [np.insert(numbers, begins, np.nan) for numbers in (np.arange(len(keys), dtype=float), np.maximum(values[order], LEAST))]
-            axes.plot(*drawn, "." if len(keys) > 1000 else ".-", color=colour, linewidth=0.6, markersize=2.5, label=label)
+            axes.plot(*drawn, "." if len(keys) > 1000 else ".-", color=colour, linewidth=0.6, markersize=2.5,
+                      label=f"{label}median {np.median(values):.{3 - k}f} {unit}")
+        axes.axhline(max(np.median(errors[k]), LEAST), color=COLOURS[1], linestyle="--", linewidth=1)
         if len(begins) < 200:
             axes.vlines(begins - 0.5, 0, 1, transform=axes.get_xaxis_transform(), color="black", linewidth=0.6)
-        median = np.median(errors[k])
-        axes.axhline(max(median, LEAST), color=COLOURS[1], linestyle="--", linewidth=1, label=f"median {median:.{3 - k}f} {unit}")
         axes.set(ylabel=f"{name} error [{unit}]", xlim=(-0.5, len(keys) - 0.5))
         _logarithmic(axes)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high * (high / low) ** 0.2)  # room for the legend
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right", ncols=3)
-    panels[1, 0].set_xlabel("frame")
+        axes.legend(loc="upper right", bbox_to_anchor=(1, -0.02 - 0.12 * k), ncols=2, frameon=False)
+    panels[1, 0].set_xlabel("frame, sequence by sequence", loc="left")
     parts = sorted(zip([0, *begins], [*begins, len(keys)]), key=lambda part: part[0] - part[1])  # the longest first
     names = [_short(keys[begin]) for begin, _ in parts]
     lying = all(len(name) / 90 < (end - begin) / len(keys) for name, (begin, end) in zip(names, parts))
@@ -165,19 +170,25 @@ def sequences(labels, errors, before=None):
 
 
 def worst(labels, errors, frame):
-    """The frames with the largest errors of position and, in the second row, of the others those of orientation. frame: row's
-    position -> PIL image."""
+    """The frames with the largest errors of position and, in the second row, of orientation, none within N_APART frames of another of its
+    sequence, which would show the same. frame: row's position -> PIL image."""
     figure, panels = _figure(9, 5.8, 2, N_WORST)
+    keys = (labels["scene"] + "/" + labels["seq"].astype(str)).to_numpy()
     shown = []
     for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
-        frames = [i for i in np.argsort(-np.nan_to_num(errors[k], nan=np.inf), kind="stable") if i not in shown][:N_WORST]
         for axes in row:
             axes.set(xticks=[], yticks=[], frame_on=False)
-        for axes, i in zip(row, frames):
+        columns = iter(row)
+        for i in np.argsort(-np.nan_to_num(errors[k], nan=np.inf), kind="stable"):
+            if any(keys[i] == keys[j] and abs(i - j) < N_APART for j in shown):
+                continue
+            axes = next(columns, None)
+            if axes is None:
+                break
             axes.imshow(frame(i))
-            axes.set_title(f"{_short('/'.join(labels['img_path'].iloc[i].split('/')[-2:]), 40)}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg", fontsize=8)
-        row[0].set_ylabel(f"largest {name} errors{' of the others' * k}")
-        shown += frames
+            axes.set_title(f"{_short(labels['img_path'].iloc[i], 44)}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg", fontsize=8)
+            row[0].set_ylabel(f"largest {name} errors")
+            shown.append(i)
     return figure
 
 
@@ -215,7 +226,9 @@ def _logarithmic(axes):
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_locator(LogLocator(
+        subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8) if high < 4 * low else (1, 2, 3, 5, 7) if high < 10 * low
+        else (1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

@@ -30,7 +30,7 @@ def tum(table, convention, frames=None):
     times = range(len(table))
     if frames is not None:
         places, names = {name: i for i, name in reversed(list(enumerate(frames)))}, table["img_path"]
-        for rows, problem in ((~names.isin(places), "is not in the file of --frames: these are poses of other frames"),
+        for rows, problem in ((~names.isin(places), f"is not in the file of --frames, which begins with '{frames.iloc[0]}': these are poses of other frames"),
                               (names.duplicated(), "is there twice, and has one time")):
             if rows.any():
                 i = int(rows.to_numpy().argmax())
@@ -64,7 +64,7 @@ def main():
     parser.add_argument("output", metavar="OUT", help="the file to write")
     parser.add_argument("--format", required=True, choices=("tum", "visloc", "labels"),
                         help="tum: a trajectory (for evo), the frame's place in the file as time, camera-to-world, quaternion x y z w; visloc: "
-                             "name qw qx qy qz tx ty tz, world-to-camera; labels: a label file")
+                             "name qw qx qy qz tx ty tz, world-to-camera; labels: a label file (not of poses of predict, which has no scenes)")
     parser.add_argument("--convention", required=True, choices=CONVENTIONS, help="the dataset whose quaternions the file has")
     parser.add_argument("--frames", metavar="LABELS.csv",
                         help="tum: count the frames as in this file, so that trajectories of the same frames have the same times (default: as "

@@ -1,5 +1,6 @@
 """What a test tells: log lines, scenes and the file of predictions."""
 import logging
+import re
 
 import numpy as np
 import pandas as pd
@@ -60,7 +61,8 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     if run.args.predictions_path:
         write_labels(run.args.predictions_path, predictions)
         logging.info("Predictions: %s", run.args.predictions_path)
-    pictures = draw_test(run.prefix, dataset.labels, truth.numpy(), poses.numpy(), errors, dataset.frame, before, LEAKED if leaked else None)
+    caption = re.sub(r"\S*/", "", f"{tested} on {dataset.labels_file}") + (f": {LEAKED}" if leaked else "")  # without folders
+    pictures = draw_test(run.prefix, dataset.labels, truth.numpy(), poses.numpy(), errors, dataset.frame, caption, before)
     logging.info("Pictures: %s", ", ".join(pictures))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from main_refine_apr import NEED_NOISE, SOLVERS
 from models import APR_NAMES, SINGLE_SCENE_APRS
 from models.checkpoints import describe, read_about, read_weights
 from util.errors import UserError
@@ -37,11 +38,11 @@ def main():
     parser.add_argument("--apr_checkpoint", metavar="FILE.pth", required=True,
                         help="the APR's weights; for a model a scene with {scene} in the place of the scene's name")
     parser.add_argument("--encoder_checkpoint", metavar="FILE.pth", help="its PAE's weights, as above (default: no PAE is tested)")
-    parser.add_argument("--solver", help="refine with this solver of main_refine_apr.py optimize, with the scene's training labels as "
-                                         "references (default: not refined)")
+    parser.add_argument("--solver", choices=SOLVERS, help="refine with this solver of main_refine_apr.py optimize, with the scene's training "
+                                                          "labels as references; published PAEs need mlp or simplex (default: not refined)")
     parser.add_argument("--cache_dir", metavar="DIR", help="keep decoded frames in files of this folder (default: decode them for every test)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--output_dir", metavar="DIR", default="out/reproduce", help="where logs, predictions and tables go (default: out/reproduce)")
+    parser.add_argument("--output_dir", metavar="DIR", default="out/reproduce", help="where predictions and tables go, and in a folder a test logs and pictures (default: out/reproduce)")
     args = parser.parse_args()
     if args.solver and not args.encoder_checkpoint:
         raise UserError("--solver needs --encoder_checkpoint, the PAE to refine with")
@@ -54,9 +55,11 @@ def main():
         raise UserError(f"--dataset_path {args.dataset_path}, --labels_path {labels_path}: no scene of {args.dataset} is there with its test "
                         f"labels ({', '.join(missing)})")
 
+    models = {scene: model_of(args.apr_checkpoint, scene) for scene in scenes}
+    for scene in scenes if args.encoder_checkpoint else ():
+        check_encoder(args.encoder_checkpoint.replace("{scene}", scene), args.solver)
     rows = []
-    for scene in progress(scenes, unit="scene"):
-        model, settings = model_of(args.apr_checkpoint, scene)
+    for scene, (model, settings) in progress(models.items(), unit="scene"):
         medians = test(args, labels_path, scene, model, settings)
         row = {"scene": scene}
         if model not in SINGLE_SCENE_APRS:
@@ -94,6 +97,16 @@ def model_of(checkpoint, scene):
     return model, [f"{key}={found[key]}" for key in ("backbone_type", "hidden_dim", "dim_feedforward") if key in found]
 
 
+def check_encoder(path, solver):
+    """Raise UserError unless a file is a PAE, with what the solver needs: all of them before the first test."""
+    weights = read_weights(path)
+    kind = describe(weights).get("kind", "no model known here")
+    if not kind.endswith("PAE"):
+        raise UserError(f"--encoder_checkpoint {path}: weights of {kind}, but a PAE's are needed")
+    if solver in NEED_NOISE and not ("noise" in weights and weights["noise"].any()):
+        raise UserError(f"--encoder_checkpoint {path}: does not hold the covariance of latents that {solver} works with; choose --solver mlp or simplex")
+
+
 def test(args, labels_path, scene, model, settings):
     """Test a scene by the scripts. Returns {'APR': (median position error in metres, orientation error in degrees)}, and 'PAE' and
     'refined' where they are asked for."""
@@ -109,7 +122,7 @@ def test(args, labels_path, scene, model, settings):
     for name, (script, mode, *more) in tests.items():
         predictions = f"{args.output_dir}/{args.dataset}_{scene}_{name.lower()}.csv"
         command = [ROOT / script, model, mode, "none", args.dataset_path, labels["test"], ROOT / "config.json", *more,
-                   "--predictions_path", predictions, "--output_dir", args.output_dir, "--device", args.device,
+                   "--predictions_path", predictions, "--output_dir", predictions.removesuffix(".csv"), "--device", args.device,
                    *(["--cache_dir", args.cache_dir] if args.cache_dir else []), "--preset", args.dataset, *(["--set", *settings] if settings else [])]
         status, stderr = run(command)
         if status:
