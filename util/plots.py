@@ -38,7 +38,7 @@ def training(losses, curves, final=None):
     steps, rate, loss, *errors = curves.T
     epochs = np.arange(1, len(curves) + 1)
     line = {"color": COLOURS[0], "marker": "o" if len(epochs) <= 30 else None, "markersize": 3}
-    figure, panels = _figure(9, 6, 2, 2, sharex=True)
+    figure, panels = _figure(9, 6.4, 2, 2, sharex=True)
     shown = slice(None, None, len(losses) // 5000 + 1)  # more points cannot be told apart
     at = np.interp(np.arange(1, len(losses) + 1), [0, *steps], [0, *epochs])
     panels[0, 0].plot(at[shown], losses[shown], color="0.75", linewidth=0.6, label="a batch's")
@@ -58,14 +58,14 @@ def training(losses, curves, final=None):
         if validated.any():
             axes.plot(epochs[validated], np.maximum(of_validation[validated], LEAST), "--s", color=COLOURS[1], markersize=3, label="validation")
         if final is not None:
-            axes.plot(epochs[-1], max(final[k], LEAST), "kD", markersize=5, label="validation of the final weights")
+            axes.plot(epochs[-1], max(final[k], LEAST), "kD", markersize=5, label="the final weights")
         axes.set(xlabel="epoch", ylabel=f"median {name} error [{unit}]", title=f"{name.capitalize()} error")
         axes.xaxis.get_major_locator().set_params(integer=True)
         _logarithmic(axes)
     for axes in panels.flat:
         axes.grid(alpha=0.3)
-    for axes in (panels[0, 0], *panels[1]):
-        axes.legend()
+    for axes, below in zip((panels[0, 0], *panels[1]), (0.02, 0.16, 0.16)):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -below), ncols=3, frameon=False, fontsize=8)
     return figure
 
 
