@@ -1,8 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 
-# Two processes with a thread each take two thirds of the time of one process with two threads.
 .PHONY: test demo demo-multiscene
+# Two processes with a thread each take two thirds of the time of one process with two threads.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

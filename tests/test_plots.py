@@ -11,8 +11,6 @@ from util import plots
 from util.metrics import pose_err
 
 needs_published_labels = pytest.mark.skipif(not (SHARED / "data" / "labels").is_dir(), reason="the published labels are not at hand")
-
-
 NAME = "a-long-name-$with_dollar^^$-signs" * 2
 
 

@@ -19,7 +19,7 @@ from models.checkpoints import save_weights
 from models.precision import resolve
 from util import processes, resume, signals
 from util.errors import UserError
-from util.metrics import medians, pose_err
+from util.metrics import median_errors, medians, pose_err
 from util.plots import CURVES, draw_training
 from util.progress import progress
 
@@ -113,7 +113,7 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
                     bar.update()
                 course.epoch = epoch + 1
                 shares = processes.gather([torch.cat(poses).cpu() for poses in zip(*seen)])
-                errors, of_validation = _median_errors(*map(torch.cat, zip(*shares))), (math.nan, math.nan)
+                errors, of_validation = median_errors(*map(torch.cat, zip(*shares))), (math.nan, math.nan)
                 if validate and course.epoch % config.get("n_freq_validate", 1) == 0:
                     of_validation, text = _validate(model, validate, precision)
                     is_best = not course.best or of_validation[0] < course.best[0]
@@ -183,16 +183,13 @@ def _tensorboard(run, course):
     from torch.utils.tensorboard import SummaryWriter
 
     folder = f"{run.prefix}_tensorboard"
-    # Of plots.CURVES, behind the steps.
-    names = ("learning rate", "loss/epoch", "position error [m]/training", "orientation error [deg]/training",
-             "position error [m]/validation", "orientation error [deg]/validation")
 
     def write(curves, losses):
         n_steps, *values = curves
         try:
             for i, loss in enumerate(losses, n_steps - len(losses) + 1):
                 writer.add_scalar("loss/batch", loss, i)
-            for name, value in zip(names, values):
+            for name, value in zip(CURVES[1:], values):
                 if math.isfinite(value):
                     writer.add_scalar(name, value, n_steps)
             writer.flush()
@@ -287,12 +284,7 @@ def _validate(model, validate, precision):
     estimate, truth = (poses.cpu() for poses in validate())
     model.train()
     model.precision = training_precision
-    return _median_errors(estimate, truth), medians(estimate, truth)
-
-
-def _median_errors(estimate, truth):
-    """The median errors of position in metres and of orientation in degrees."""
-    return [float(np.median(errors.numpy())) for errors in pose_err(estimate.cpu(), truth.cpu())]
+    return median_errors(estimate, truth), medians(estimate, truth)
 
 
 def _stop_at(run, problem, batch, estimate):

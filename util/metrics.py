@@ -41,6 +41,11 @@ def changes(before, after, n_samples=5000):
     return tuple(zip(*(np.round(values, 3) + 0.0 for values in (change(slice(None)), low, high))))
 
 
+def median_errors(est_pose, gt_pose):
+    """The median errors of position in metres and of orientation in degrees: two of N x 7 -> [float, float]."""
+    return [float(np.median(errors.numpy())) for errors in pose_err(est_pose, gt_pose)]
+
+
 def medians(est_pose, gt_pose):
     """'0.123[m], 4.567[deg]': the median errors in the published form."""
-    return "{:.3f}[m], {:.3f}[deg]".format(*(np.median(errors.numpy()) for errors in pose_err(est_pose, gt_pose)))
+    return "{:.3f}[m], {:.3f}[deg]".format(*median_errors(est_pose, gt_pose))

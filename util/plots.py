@@ -6,7 +6,9 @@ from util.files import whole_file
 from util.rotations import unit_poses
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-CURVES = ("steps", "learning rate", "loss", "position", "orientation", "position in validation", "orientation in validation")
+# What is kept of an epoch, under TensorBoard's names; errors are medians.
+CURVES = ("steps", "learning rate", "loss/epoch", "position error [m]/training", "orientation error [deg]/training",
+          "position error [m]/validation", "orientation error [deg]/validation")
 N_WORST, N_APART = 3, 10  # frames with the largest errors of position, and of orientation, and how far apart
 LEAST = 1e-6  # metres, degrees: what is drawn for 0 on a logarithmic axis
 

@@ -75,8 +75,8 @@ def check_settings(state, settings, given):
     which may."""
     before, now = json.loads(state["settings"]), json.loads(settings)
     for name in {**before["files"], **now["files"]}:
-        if name == "val_labels_file" and (name in before["files"]) != (name in now["files"]):
-            raise UserError(f"--resume: this training began {'with' if name in before['files'] else 'without'} --val_labels_file; give the options as "
+        if (name in before["files"]) != (name in now["files"]):
+            raise UserError(f"--resume: this training began {'with' if name in before['files'] else 'without'} --{name}; give the options as "
                             "they were")
         if before["files"].get(name) != now["files"].get(name):
             raise UserError(f"--resume: the content of the {str(name).replace('_', ' ')} is not what it was when this training began; "
