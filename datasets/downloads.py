@@ -1,5 +1,5 @@
-"""Official downloads: fetched, verified, unpacked, and the label files made of them. For datasets.prepare_7scenes and
-datasets.prepare_cambridge.
+"""Official downloads: fetched, verified, unpacked, and the label files made of them; and how text files are read. For
+the modules datasets.prepare_*.
 """
 import argparse
 import http.client
@@ -31,12 +31,13 @@ class BrokenOff(Exception):
     """A download that another try may complete."""
 
 
-def parse_arguments(module, dataset, url, archives):
+def parse_arguments(module, dataset, url, archives, flags=None):
     """The command line that both datasets share.
 
     module, dataset: their names. url: the default base URL. archives: {scene: its archive's path below the base URL}.
-    Returns a namespace: dataset_path, download, yes, url, scenes (a list or None), labels_path. Raises UserError for
-    arguments that do not go together.
+    flags: {flag that only this dataset has: its help}.
+    Returns a namespace: dataset_path, download, yes, url, scenes (a list or None), labels_path, and the flags. Raises
+    UserError for arguments that do not go together.
     """
     parser = argparse.ArgumentParser(prog=f"python -m datasets.{module}",
                                      description=f"Turn the official download of {dataset} into label files.")
@@ -51,6 +52,8 @@ def parse_arguments(module, dataset, url, archives):
                              f"{', '.join(archives)})")
     parser.add_argument("--labels_path", metavar="DIR", default=f"datasets/{dataset}",
                         help=f"where the label files go (default: datasets/{dataset})")
+    for flag, text in (flags or {}).items():
+        parser.add_argument(flag, action="store_true", help=text)
     args = parser.parse_args()
     if args.url != url and not args.download:
         raise UserError("--url is for --download; add that, or leave --url out")
@@ -208,13 +211,20 @@ def read_lines(path):
         return [line.strip() for line in file]
 
 
+def to_number(text):
+    """The number that a text is. Raises ValueError for what is none, or is one in Python only, such as 1_0."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"could not convert string to float: '{text}'")
+    return float(text)
+
+
 @contextmanager
 def reading(path):
     """Turn a failure to read a file or folder at or below `path` into a UserError."""
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file") from error
+        raise UserError(f"{path}: not a text file in UTF-8") from error
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
 

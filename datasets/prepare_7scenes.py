@@ -1,6 +1,6 @@
 """Label files of 7Scenes, from its official download (or rooms of one's own in the same layout).
 
-    python -m datasets.prepare_7scenes DATASET_PATH [--download]
+    python -m datasets.prepare_7scenes DATASET_PATH [--download] [--skip_bad_poses]
 
 The layout: <scene>/TrainSplit.txt and TestSplit.txt name sequences (lines like "sequence1"); <scene>/seq-01/ holds
 frame-000000.color.png and frame-000000.pose.txt, the 4 x 4 matrix from camera to world in metres. A label is the
@@ -14,15 +14,16 @@ import numpy as np
 import pandas as pd
 from transforms3d.quaternions import mat2quat
 
-from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, write_label_files
+from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, to_number, write_label_files
 from datasets.labels import COLUMNS, natural
-from util.errors import UserError
+from util.errors import UserError, first_five
 
 URL = "http://download.microsoft.com/download/2/8/5/28564B23-0828-408F-8631-23B1EFF1DAC8"
 LICENCE = "https://www.microsoft.com/en-us/research/project/rgb-d-dataset-7-scenes/"
 SCENES = ("chess", "fire", "heads", "office", "pumpkin", "redkitchen", "stairs")
 SPLIT_FILES = {"train": "TrainSplit.txt", "test": "TestSplit.txt"}
 RIGID_TOLERANCE = 0.1
+NOT_A_NUMBER = re.compile(r"[-+]?(\d\.#[A-Z]+\d*|nan\(\w*\))", re.IGNORECASE)  # Windows writes 1.#INF00, -nan(ind)
 
 
 def is_scene(folder):
@@ -31,13 +32,14 @@ def is_scene(folder):
         path.is_dir() or path.suffix == ".zip" for path in folder.glob("seq-*"))
 
 
-def read_scene(folder):
+def read_scene(folder, skip_bad_poses=False):
     """The labels of a scene's folder: {split: DataFrame with labels.COLUMNS}, in the order of sequences and frames.
 
-    Raises UserError for a split file that is missing, or names no sequence, one that is not there, or one twice, and as
-    read_sequence does.
+    skip_bad_poses: whether frames whose pose is not finite are left out.
+    Raises UserError for a split file that is missing, or names no sequence, one that does not exist, or one twice; and
+    for the problems that read_sequence finds.
     """
-    tables, named = {}, {}
+    tables, named, problems, not_finite = {}, {}, [], []
     for split, file_name in SPLIT_FILES.items():
         sequences = read_split(folder / file_name)
         for sequence, place in sequences:
@@ -46,10 +48,20 @@ def read_scene(folder):
             named[sequence] = place
             if not (folder / sequence).is_dir():
                 raise UserError(f"{place}: there is no folder {folder / sequence}")
-        rows = [[folder.name, split, sequence, f"{folder.name}/{sequence}/{image}", *pose]
-                for sequence in sorted((sequence for sequence, _ in sequences), key=natural)
-                for image, pose in read_sequence(folder / sequence)]
+        rows = []
+        for sequence in sorted((sequence for sequence, _ in sequences), key=natural):
+            frames, found, bad = read_sequence(folder / sequence, skip_bad_poses)
+            rows += [[folder.name, split, sequence, f"{folder.name}/{sequence}/{image}", *pose]
+                     for image, pose in frames]
+            problems += found
+            not_finite += [f"{sequence}/{frame}" for frame in bad]
         tables[split] = pd.DataFrame(rows, columns=COLUMNS)
+    if problems:
+        hint = "; --skip_bad_poses leaves out the frames whose pose is not finite"
+        raise UserError(first_five(problems) + (hint if not_finite and not skip_bad_poses else ""))
+    if skip_bad_poses:
+        names = ", ".join([*not_finite[:5], *(["..."] if len(not_finite) > 5 else [])])
+        print(f"{folder}: {len(not_finite)} frames left out, whose pose is not finite{': ' if names else ''}{names}")
     unnamed = sorted(path.name for path in folder.glob("seq-*") if path.is_dir() and path.name not in named)
     if unnamed:
         print(f"{folder}: in neither split, and left out: {', '.join(unnamed)}")
@@ -59,51 +71,66 @@ def read_scene(folder):
 def read_split(path):
     """The sequences that a split file names: a list of (folder, such as 'seq-01', and where it is named)."""
     sequences = []
-    for number, line in enumerate(read_lines(path), start=1):
+    for row, line in enumerate(read_lines(path), start=1):
         name = re.fullmatch(r"sequence\s*(\d{1,6})", line, re.IGNORECASE)
         if line and not name:
-            raise UserError(f"{path}: line {number}: '{line}' is no sequence; a line must be like sequence1")
+            raise UserError(f"{path}: line {row}: '{line}' is no sequence; a line must be like sequence1")
         if line:
-            sequences.append((f"seq-{int(name[1]):02d}", f"{path}: line {number}"))
+            sequences.append((f"seq-{int(name[1]):02d}", f"{path}: line {row}"))
     if not sequences:
         raise UserError(f"{path}: names no sequence; a line must be like sequence1")
     return sequences
 
 
-def read_sequence(folder):
-    """The frames of a sequence's folder in their order: a list of (image's file name, pose of 7 numbers).
+def read_sequence(folder, skip_bad_poses=False):
+    """What is in a sequence's folder, in the order of the frames: (frames, problems, not_finite).
 
-    Raises UserError for a folder without frames, an image without pose, a pose without image, and as read_pose does.
+    frames: a list of (image's file name, pose of 7 numbers).
+    problems: a list of texts on a folder without frames, images without a pose, poses without an image, and poses that
+    read_pose refuses; with skip_bad_poses those that are not finite are no problem, unless no frame is left.
+    not_finite: the names of the frames whose pose is not finite.
     """
     names = [name for name in sorted(os.listdir(folder), key=natural) if name.startswith("frame-")]
     poses = {name.removesuffix(".pose.txt") for name in names if name.endswith(".pose.txt")}
-    suffix = ".color.png" if any(name.endswith(".color.png") for name in names) else ".color.jpg"
-    images = [name for name in names if name.endswith(suffix)]
+    images = {}  # {frame: image's file name}
+    for suffix in (".color.jpg", ".color.png"):  # png where there are both
+        images.update({name.removesuffix(suffix): name for name in names if name.endswith(suffix)})
     if not images and not poses:
-        raise UserError(f"{folder}: no frame-*.color.png and no frame-*.pose.txt in it")
-    for image in images:
-        if image.removesuffix(suffix) not in poses:
-            raise UserError(f"{folder / image}: an image without its pose, {image.removesuffix(suffix)}.pose.txt")
-    for frame in sorted(poses - {image.removesuffix(suffix) for image in images}):
-        raise UserError(f"{folder / frame}.pose.txt: a pose without its image, {frame}{suffix}")
-    return [(image, read_pose(folder / f"{image.removesuffix(suffix)}.pose.txt")) for image in images]
+        return [], [f"{folder}: no frame-*.color.png and no frame-*.pose.txt in it"], []
+    frames, not_finite = [], []
+    lone = sorted(poses - set(images), key=natural)
+    problems = [f"{folder / frame}.pose.txt: a pose without its image, {frame}.color.png or .jpg" for frame in lone]
+    for frame, image in sorted(images.items(), key=lambda item: natural(item[0])):
+        try:
+            if frame not in poses:
+                raise UserError(f"{folder / image}: an image without its pose, {frame}.pose.txt")
+            frames.append((image, read_pose(folder / f"{frame}.pose.txt")))
+        except NotFinite as error:
+            not_finite.append(frame)
+            problems += [] if skip_bad_poses else [str(error)]
+        except UserError as error:
+            problems.append(str(error))
+    if not frames and not problems:
+        problems = [f"{folder}: no frame is left; none of its {len(not_finite)} poses is finite"]
+    return frames, problems, not_finite
 
 
 def read_pose(path):
     """The pose in a file of a 4 x 4 camera-to-world matrix: 7 numbers, the position in metres, then the quaternion.
 
-    Raises UserError for anything but 4 rows of 4 finite numbers that are a rigid motion within RIGID_TOLERANCE.
+    Raises NotFinite for 4 rows of 4 numbers that are not all finite, and UserError for anything else but a rigid motion
+    within RIGID_TOLERANCE.
     """
     rows = [line.split() for line in read_lines(path) if line]
     if [len(row) for row in rows] != [4, 4, 4, 4]:
         raise UserError(f"{path}: {len(rows)} rows with {sum(map(len, rows))} numbers; a pose is 4 rows of 4")
     try:
-        matrix = np.array(rows, dtype=float)
+        matrix = np.array([[to_number(NOT_A_NUMBER.sub("nan", text)) for text in row] for row in rows])
     except ValueError as error:
         raise UserError(f"{path}: not a matrix of numbers: {error}") from error
     absurd = ~(np.abs(matrix) < 1e30)
     if absurd.any():
-        raise UserError(f"{path}: {matrix[absurd][0]} in it; a pose must be finite numbers")
+        raise NotFinite(f"{path}: {np.array(rows)[absurd][0]} in it; a pose must be finite numbers")
     rotation = matrix[:3, :3]
     skew = max(np.abs(rotation @ rotation.T - np.eye(3)).max(), np.abs(matrix[3] - [0, 0, 0, 1]).max())
     if skew > RIGID_TOLERANCE or np.linalg.det(rotation) <= 0:
@@ -112,12 +139,17 @@ def read_pose(path):
     return [round(float(value), 9) for value in (*matrix[:3, 3], *mat2quat(rotation))]
 
 
+class NotFinite(UserError):
+    """A pose file with numbers that are not finite."""
+
+
 def main():
     archives = {scene: f"{scene}.zip" for scene in SCENES}
-    args = parse_arguments("prepare_7scenes", "7Scenes", URL, archives)
+    args = parse_arguments("prepare_7scenes", "7Scenes", URL, archives, {
+        "--skip_bad_poses": "leave out the frames whose pose is not finite (default: they are an error)"})
     scenes = get_scenes(args, "7Scenes", LICENCE, archives, is_scene, inner="seq-*.zip")
     with reading(args.dataset_path):
-        tables = {scene: read_scene(Path(args.dataset_path) / scene) for scene in scenes}
+        tables = {scene: read_scene(Path(args.dataset_path) / scene, args.skip_bad_poses) for scene in scenes}
     write_label_files(args, "abs_7scenes_pose.csv", "7scenes_all_scenes.csv", SCENES, tables)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, write_label_files
+from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, to_number, write_label_files
 from datasets.labels import COLUMNS, natural
-from util.errors import UserError
+from util.errors import UserError, first_five
 
 URL = "https://www.repository.cam.ac.uk/bitstream/handle/1810"
 LICENCE = "https://www.repository.cam.ac.uk/handle/1810/251342"
@@ -36,16 +36,19 @@ def read_scene(folder):
 
     Raises UserError for an image that is listed twice, and as read_split does.
     """
-    tables, listed = {}, {}
+    tables, listed, problems = {}, {}, []
     for split, file_name in SPLIT_FILES.items():
         frames = read_split(folder / file_name)
         frames.sort(key=lambda frame: (natural(str(frame[0].parent)), natural(frame[0].name)))
         for image, _ in frames:
             if image in listed:
-                raise UserError(f"{folder / file_name}: image {image} is listed in {listed[image]} already; list each once")
+                problems.append(f"{folder / file_name}: image {image} is listed in {listed[image]} already; list each "
+                                f"once")
             listed[image] = folder / file_name
         rows = [[folder.name, split, str(image.parent), f"{folder.name}/{image}", *numbers] for image, numbers in frames]
         tables[split] = pd.DataFrame(rows, columns=COLUMNS)
+    if problems:
+        raise UserError(first_five(problems))
     unlisted = sorted(path for path in folder.glob("seq*/**/*") if path.suffix.lower() in (".png", ".jpg", ".jpeg")
                       and path.relative_to(folder) not in listed)
     if unlisted:
@@ -59,36 +62,44 @@ def read_split(path):
     Raises UserError for a file that is missing or lists no frame, a line that is not an image with 7 finite numbers, and
     an image that is not in the scene's folder.
     """
-    frames = []
-    for number, line in enumerate(read_lines(path), start=1):
+    frames, problems = [], []
+    for row, line in enumerate(read_lines(path), start=1):
         fields = line.split()
-        if number <= HEADER_LINES:
-            if _is_frame(fields):
-                raise UserError(f"{path}: line {number}: a frame among the {HEADER_LINES} header lines, which are not read")
+        if row > HEADER_LINES and not fields:
             continue
-        if not fields:
-            continue
-        if not _is_frame(fields):
-            raise UserError(f"{path}: line {number}: '{line}' is no frame; it must be an image and 7 finite numbers, "
-                            f"X Y Z W P Q R, of which W P Q R are not all 0")
-        image = PurePosixPath(fields[0])
-        if image.is_absolute() or ".." in image.parts:
-            raise UserError(f"{path}: line {number}: image {image} is outside the scene's folder")
-        if not (path.parent / image).is_file():
-            raise UserError(f"{path}: line {number}: image {path.parent / image} does not exist")
-        frames.append((image, fields[1:]))
+        problem = _problem(path.parent, row, line)
+        if problem:
+            problems.append(f"line {row}: {problem}")
+        elif row > HEADER_LINES:
+            frames.append((PurePosixPath(fields[0]), fields[1:]))
+    if problems:
+        raise UserError(f"{path}: {first_five(problems)}")
     if not frames:
         raise UserError(f"{path}: lists no frame; behind {HEADER_LINES} header lines, a line must be like "
                         f"seq1/frame00001.png X Y Z W P Q R")
     return frames
 
 
+def _problem(folder, row, line):
+    """What is wrong with a line of a split file, or None."""
+    fields = line.split()
+    if row <= HEADER_LINES:
+        return f"a frame among the {HEADER_LINES} header lines, which are not read" if _is_frame(fields) else None
+    if not _is_frame(fields):
+        return (f"'{line}' is no frame; it must be an image and 7 finite numbers, X Y Z W P Q R, of which W P Q R are "
+                f"not all 0")
+    image = PurePosixPath(fields[0])
+    if image.is_absolute() or ".." in image.parts:
+        return f"image {image} is outside the scene's folder"
+    return None if (folder / image).is_file() else f"image {folder / image} does not exist"
+
+
 def _is_frame(fields):
     try:
-        numbers = [float(field) for field in fields[1:]]
+        numbers = [to_number(field) for field in fields[1:]]
     except ValueError:
         return False
-    return len(numbers) == 7 and all(abs(number) < 1e30 for number in numbers) and max(map(abs, numbers[3:])) > 1e-30
+    return len(numbers) == 7 and all(abs(x) < 1e30 for x in numbers) and max(map(abs, numbers[3:])) > 1e-30
 
 
 def main():

@@ -4,32 +4,37 @@
 
 MODEL is the folder of a model, text or binary, such as sparse/0. LABELS gets <scene>_train.csv and <scene>_test.csv with
 the registered images: the camera's centre, in the model's unit, and the camera-to-world quaternion, scalar first and not
-negative. Images are named as in the model.
+negative. Images are named as in the model. COLMAP writes no other images, to text or binary models.
 """
 import argparse
 import os
+import posixpath
+import re
 import struct
+import tempfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 from transforms3d.quaternions import mat2quat, quat2mat
 
+from datasets.downloads import reading, to_number, writing
 from datasets.labels import COLUMNS, natural, write_labels
-from util.errors import UserError
+from util.errors import UserError, first_five
 
 DEFAULT_EVERY = 8
 NO_FOLDER = "seq-01"  # the sequence of images that are in no folder
+TEXT_FILES = ("cameras", "rigs", "frames", "points3D")  # beside images.txt
+UNIT_TOLERANCE = 0.01  # of a quaternion, where a line may be an image or points
 
 
 def read_model(folder):
     """The registered images of a COLMAP model: a list of (name, pose), the pose as 7 numbers: the camera's centre, and the
     camera-to-world unit quaternion, scalar first and not negative.
 
-    Raises UserError for a folder without a model, a model that cannot be read, and one without a registered image.
+    Raises UserError for a folder without a model, a model that cannot be read, one without a registered image, images
+    without a finite pose or outside the dataset's folder, and an image that is listed twice.
     """
-    import pycolmap
-
     folder = Path(folder)
     suffixes = [suffix for suffix in (".bin", ".txt")
                 if all((folder / f"{kind}{suffix}").is_file() for kind in ("cameras", "images", "points3D"))]
@@ -40,16 +45,13 @@ def read_model(folder):
         for kind in ("rigs", "frames", "images", "points3D"):
             if (folder / f"{kind}.bin").exists():
                 _check_whole(folder / f"{kind}.bin")
-    try:
-        model = pycolmap.Reconstruction(folder)
-        images = [model.image(i) for i in model.reg_image_ids()]
-        poses = [(image.name, image.cam_from_world().rotation.quat, image.cam_from_world().translation) for image in images]
-    except Exception as error:  # of many types: ValueError, IndexError, RuntimeError, MemoryError
-        raise UserError(f"{folder}: not a readable COLMAP model: {error}") from error
-    if not poses:
+        images = _registered_images(folder, folder)
+    else:
+        images = _read_text_model(folder)
+    if not images:
         raise UserError(f"{folder}: no registered image in the model")
-    return [(name, _camera_pose(folder, name, quaternion[[3, 0, 1, 2]], translation))  # pycolmap has the scalar last
-            for name, quaternion, translation in poses]
+    _check_images(folder, images)
+    return [(name, _camera_pose(quaternion, translation)) for _, name, quaternion, translation in images]
 
 
 def label_table(frames, scene, is_test):
@@ -72,12 +74,129 @@ def _sequence(name):
     return NO_FOLDER if folder == "." else folder
 
 
-def _camera_pose(folder, name, quaternion, translation):
+def _registered_images(folder, copy):
+    """The registered images of the model in `copy`, that of `folder`, as pycolmap reads it: a list of (id, name,
+    world-to-camera quaternion, scalar first, and translation).
+    """
+    import pycolmap
+
+    try:
+        model = pycolmap.Reconstruction(copy)
+        ids = sorted(model.reg_image_ids())
+        images = [(i, model.image(i).name, model.image(i).cam_from_world()) for i in ids]
+    except Exception as error:  # of many types: ValueError, IndexError, RuntimeError, MemoryError
+        text = str(error).replace(str(copy), str(folder))
+        raise UserError(f"{folder}: not a readable COLMAP model: {text}") from error
+    return [(i, name, pose.rotation.quat[[3, 0, 1, 2]], pose.translation) for i, name, pose in images]
+
+
+def _read_text_model(folder):
+    """The images of a text model, as _registered_images gives them.
+
+    pycolmap cuts names at a space, and takes every second line of images.txt for points whatever is in it. So it reads
+    a copy in which each image has its id for a name, and a line of points.
+    """
+    images = _read_images(folder / "images.txt")
+    _check_images(folder, [(i, name, values[:4], values[4:]) for i, (name, values, _) in images.items()])
+    with tempfile.TemporaryDirectory() as copy:
+        for kind in TEXT_FILES:
+            if (folder / f"{kind}.txt").exists():
+                os.symlink((folder / f"{kind}.txt").resolve(), f"{copy}/{kind}.txt")
+        with writing(f"{copy}/images.txt"), open(f"{copy}/images.txt", "w", encoding="ascii") as file:
+            file.writelines(f"{text}\n" for _, _, text in images.values())
+        return [(i, images[i][0], *pose) for i, _, *pose in _registered_images(folder, copy)]
+
+
+def _read_images(path):
+    """What is in images.txt: {id: (name, 7 numbers, the image's two lines as they are for pycolmap)}.
+
+    Raises UserError for a line that is neither an image nor the points of the one before it, an id that is listed
+    twice, and another number of images than the header says.
+    """
+    images, places, problems, expected = {}, {}, [], None
+    last = None  # the id of the image whose points are due
+    with reading(path), open(path, encoding="utf-8-sig") as file:
+        for row, line in enumerate(file, start=1):
+            line = line.strip()
+            if line.startswith("#"):
+                header = re.search(r"Number of images:\s*(\d+)", line)
+                expected = int(header[1]) if header and expected is None else expected
+                continue
+            if last is not None and _is_points(line.split()):
+                name, values, text = images[last]
+                images[last] = name, values, text + " ".join(line.split())
+                last = None
+                continue
+            if not line:
+                continue
+            image = _read_image(line, last is not None)
+            if image is None:
+                raise UserError(f"{path}: line {row}: '{line[:60]}' is neither an image, IMAGE_ID QW QX QY QZ TX TY TZ "
+                                f"CAMERA_ID NAME, nor points of the image before it, X Y POINT3D_ID ...")
+            last, name, values, text = image
+            if last in places:
+                problems.append(f"line {row}: image id {last} is listed in line {places[last]} already; list each once")
+            places[last] = row
+            images[last] = name, values, f"{text} {last}\n"
+    if problems:
+        raise UserError(f"{path}: {first_five(problems)}")
+    if expected not in (None, len(images)):
+        raise UserError(f"{path}: {len(images)} images, but its header says {expected}; mend the one that is wrong")
+    return images
+
+
+def _read_image(line, doubtful):
+    """An image's line in images.txt: (id, name, 7 numbers, the fields before the name), or None for another line.
+
+    doubtful: whether points are due, so that the line might be damaged ones.
+    """
+    try:
+        *fields, name = line.split(maxsplit=9)
+        values = [to_number(field) for field in fields[1:8]]
+    except ValueError:
+        return None
+    if len(fields) != 9 or not re.fullmatch("[0-9]+ [0-9]+", f"{fields[0]} {fields[8]}"):
+        return None
+    is_unit = abs(np.linalg.norm(values[:4]) - 1) < UNIT_TOLERANCE
+    if not is_unit and (doubtful or _are_all(float, name.split())):
+        return None
+    return int(fields[0]), name, values, " ".join(fields)
+
+
+def _is_points(fields):
+    return len(fields) % 3 == 0 and _are_all(int, fields[2::3]) and _are_all(float, fields)
+
+
+def _are_all(kind, fields):
+    """Whether all texts are numbers of the type `kind`. They may be very many."""
+    try:
+        list(map(kind, fields))
+    except ValueError:
+        return False
+    text = "".join(fields)
+    return text.isascii() and "_" not in text
+
+
+def _check_images(folder, images):
+    """Raise UserError for images, as _registered_images gives them, that cannot be in a label file."""
+    problems, listed = [], {}
+    for i, name, quaternion, translation in images:
+        if not (np.isfinite([*quaternion, *translation]).all() and np.linalg.norm(quaternion) > 1e-6):
+            problems.append(f"image {name} has no finite pose")
+        elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            problems.append(f"image {name} leaves the dataset's folder; its name must be relative to that")
+        elif not name.strip():
+            problems.append(f"image id {i} has no name")
+        else:
+            first, first_name = listed.setdefault(posixpath.normpath(name), (i, name))
+            if first != i:
+                problems.append(f"image {name} (id {i}) is listed as {first_name} (id {first}) already; list each once")
+    if problems:
+        raise UserError(f"{folder}: {first_five(problems)}")
+
+
+def _camera_pose(quaternion, translation):
     """A pose of a world-to-camera quaternion and translation."""
-    if not (np.isfinite([*quaternion, *translation]).all() and np.linalg.norm(quaternion) > 1e-6):
-        raise UserError(f"{folder}: image {name} has no finite pose")
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{folder}: image {name} leaves the dataset's folder; its name must be relative to that")
     rotation = quat2mat(quaternion)  # of the normalised quaternion
     return [float(value) for value in (*(-rotation.T @ translation), *mat2quat(rotation.T))]
 

@@ -21,6 +21,7 @@ from conftest import MINI, ROOT, needs_real_frames, run_module_here, run_script
 
 from datasets import downloads, prepare_7scenes, prepare_cambridge, prepare_colmap
 from datasets.labels import read_labels
+from util.errors import first_five
 
 TURN = "0 -1 0 {x}\n1 0 0 2\n0 0 1 3\n0 0 0 1\n"  # a quarter turn about z: the quaternion is (r, 0, 0, r), r = sqrt(1/2)
 
@@ -144,6 +145,76 @@ def test_jpg_frames_do_where_there_are_no_png_ones(tmp_path):
     assert read_rows(tmp_path / "7scenes_all_scenes.csv")[0][3] == "chess/seq-01/frame-000000.color.jpg"
 
 
+def test_png_and_jpg_frames_in_one_sequence_are_all_read(tmp_path):
+    sequence = write_7scenes(tmp_path) / "seq-01"
+    (sequence / "frame-000001.color.png").rename(sequence / "frame-000001.color.jpg")
+    (sequence / "frame-000002.color.jpg").write_bytes(b"")
+    call_well(prepare_7scenes, tmp_path, "--labels_path", tmp_path)
+    names = ["frame-000000.color.png", "frame-000001.color.jpg", "frame-000002.color.png"]
+    rows = read_rows(tmp_path / "7scenes_all_scenes.csv")
+    assert [row[3] for row in rows] == [f"chess/seq-01/{name}" for name in names]
+    (sequence / "frame-000001.pose.txt").unlink()
+    assert "frame-000001.color.jpg: an image without" in error_of(prepare_7scenes, tmp_path, "--labels_path", tmp_path)
+
+
+NOT_FINITE = {"nan": "nan nan nan nan\n" * 4, "infinite": "-inf -inf -inf -inf\n" * 4, "huge": TURN.format(x="1e300"),
+              "old Windows": "-1.#IND00 1.#INF 1.#QNAN0 -1.#J\n" * 3 + "0 0 0 1\n", "Windows": "-nan(ind) 0 0 0\n" * 4}
+
+
+@pytest.mark.parametrize("kind", NOT_FINITE)
+def test_frames_whose_pose_is_not_finite_are_left_out_if_asked(kind, tmp_path):
+    attic, chess = write_7scenes(tmp_path, "attic"), write_7scenes(tmp_path, "chess")
+    bad = chess / "seq-01/frame-000001.pose.txt"
+    bad.write_text(NOT_FINITE[kind])
+    arguments = [prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels"]
+    error = error_of(*arguments)
+    assert f"{bad}: " in error and " in it; a pose must be finite numbers; --skip_bad_poses leaves out" in error
+    assert not (tmp_path / "labels").exists()
+    lines = call_well(*arguments, "--skip_bad_poses").splitlines()
+    assert f"{chess}: 1 frames left out, whose pose is not finite: seq-01/frame-000001" in lines
+    assert f"{attic}: 0 frames left out, whose pose is not finite" in lines
+    rows = read_rows(tmp_path / "labels/abs_7scenes_pose.csv_chess_train.csv")
+    assert [(row[3], float(row[4])) for row in rows] == [("chess/seq-01/frame-000000.color.png", 10),
+                                                         ("chess/seq-01/frame-000002.color.png", 12)]
+    assert len(read_rows(tmp_path / "labels/abs_7scenes_pose.csv_chess_test.csv")) == 3
+
+
+def write_frames(sequence, n, pose):
+    for i in range(3, n):
+        (sequence / f"frame-{i:06d}.color.png").write_bytes(b"")
+        (sequence / f"frame-{i:06d}.pose.txt").write_text(pose)
+
+
+def test_what_is_left_out_is_counted_and_five_are_named(tmp_path):
+    chess = write_7scenes(tmp_path)
+    write_frames(chess / "seq-01", 10, NOT_FINITE["nan"])
+    output = call_well(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels", "--skip_bad_poses")
+    names = ", ".join(f"seq-01/frame-{i:06d}" for i in range(3, 8))
+    assert f"{chess}: 7 frames left out, whose pose is not finite: {names}, ...\n" in output
+
+
+@pytest.mark.parametrize("case, words", (
+    ("all", "chess/seq-01: no frame is left; none of its 3 poses is finite"),
+    ("three rows", "frame-000001.pose.txt: 3 rows with 12 numbers"),
+    ("a word", "frame-000001.pose.txt: not a matrix of numbers"),
+    ("mirrored", "frame-000001.pose.txt: no rotation"),
+))
+def test_poses_that_are_bad_in_another_way_stay_errors(case, words, tmp_path):
+    sequence = write_7scenes(tmp_path) / "seq-01"
+    nan = NOT_FINITE["nan"]
+    text = {"all": nan, "three rows": nan[:48], "a word": nan.replace("nan", "left", 1),
+            "mirrored": TURN.format(x=1).replace("-1", "1")}[case]
+    for i in range(3) if case == "all" else [1]:
+        (sequence / f"frame-{i:06d}.pose.txt").write_text(text)
+    error = error_of(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels", "--skip_bad_poses")
+    assert words in error and "--skip_bad_poses" not in error and not (tmp_path / "labels").exists()
+
+
+def test_cambridge_has_no_poses_to_skip(tmp_path):
+    status, _, errors = run_module_here(prepare_cambridge, tmp_path, "--skip_bad_poses")
+    assert status == 2 and "unrecognized arguments: --skip_bad_poses" in errors
+
+
 def test_cambridge_label_files_copy_the_numbers_in_the_frames_order(tmp_path):
     lines = {scene: write_cambridge(tmp_path, scene) for scene in ("ShopFacade", "GreatCourt", "KingsCollege")}
     (tmp_path / "ShopFacade/seq2/frame00009.png").write_bytes(b"")
@@ -218,6 +289,140 @@ def test_a_colmap_model_is_split_as_asked(tmp_path):
     call_well(prepare_colmap, tmp_path / "model", tmp_path, "--scene", "shed", "--every", 6)
     assert [row[3] for row in read_rows(tmp_path / "shed_test.csv")] == [
         f"seq{sequence}/frame{i}.png" for sequence in (1, 2, 10) for i in (6, 12)]
+
+
+ODD_NAMES = ["walk one/view 0.jpg", "walk one/view  1.jpg", "walk/#2.jpg", "walk/3 4 5 6", "17", "Mühle/18 19 20"]
+POINTS = ["1 2 -1 3 4.5 -1 1e2 3 7", "", "1.5 2e-1 -1 ", "1 2 -1 3 4 -1 1 3 -1 7 8 12", "1 0 0 -1 5 -1", ""]
+
+
+def image_lines(folder):
+    """The header of images.txt as text, and its lines of images."""
+    lines = (folder / "images.txt").read_text(encoding="utf-8").splitlines()
+    return "".join(f"{line}\n" for line in lines if line.startswith("#")), [
+        line for line in lines if line and not line.startswith("#")]
+
+
+TEXTS = {
+    "as written": lambda head, images: head + "".join(f"{image}\n\n" for image in images),
+    "points": lambda head, images: head + "".join(f"{image}\n{line}\n" for image, line in zip(images, POINTS)),
+    "no empty lines": lambda head, images: head + "".join(f"{image}\n" for image in images),
+    "points, no empty lines": lambda head, images: head + "".join(
+        f"{image}\n{line}\n" if line else f"{image}\n" for image, line in zip(images, POINTS)),
+    "one line missing": lambda head, images: head + "\n\n".join(images).replace("\n\n", "\n", 1),
+    "the last line missing": lambda head, images: head + "\n\n".join(images),
+    "Windows": lambda head, images: "\ufeff" + (head + "\n\n".join(images)).replace("\n", "\r\n"),
+    "tabs": lambda head, images: head + "".join("\t".join(image.split(" ", 9)) + "\n\n" for image in images),
+    "spaces": lambda head, images: head + "".join("  ".join(image.split(" ", 9)) + "  \n  \n" for image in images),
+    "comments": lambda head, images: head + "".join(f"{image}\n# a comment\n\n" for image in images),
+    "no header": lambda head, images: "".join(f"{image}\n\n" for image in images),
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_every_image_of_a_text_model_is_read_with_its_whole_name(case, tmp_path):
+    poses = write_model(tmp_path / "model", True, ODD_NAMES)
+    text = TEXTS[case](*image_lines(tmp_path / "model"))
+    (tmp_path / "model/images.txt").write_bytes(text.encode())
+    frames = dict(prepare_colmap.read_model(tmp_path / "model"))
+    assert set(frames) == set(ODD_NAMES)
+    for name in poses:
+        np.testing.assert_allclose(frames[name], np.concatenate(poses[name]), atol=1e-12)
+    write_model(tmp_path / "binary", False, ODD_NAMES)
+    assert dict(prepare_colmap.read_model(tmp_path / "binary")).keys() == frames.keys()
+
+
+@pytest.mark.parametrize("text", (True, False))
+def test_the_images_of_a_rig_have_their_own_poses(text, tmp_path):
+    import pycolmap
+    model = pycolmap.Reconstruction()
+    sensors = [pycolmap.sensor_t(type=pycolmap.SensorType.CAMERA, id=i) for i in (1, 2)]
+    for i in (1, 2):
+        model.add_camera(pycolmap.Camera(camera_id=i, model="PINHOLE", width=64, height=48, params=[50, 50, 32, 24]))
+    rig = pycolmap.Rig(rig_id=1)
+    rig.add_ref_sensor(sensors[0])
+    rig.add_sensor(sensors[1], pycolmap.Rigid3d(pycolmap.Rotation3d([0, 0, 0, 1]), [1, 0, 0]))
+    model.add_rig(rig)
+    for number in (1, 2):  # the second frame is not registered
+        frame = pycolmap.Frame(frame_id=number, rig_id=1)
+        for sensor in sensors:
+            frame.add_data_id(pycolmap.data_t(sensor, 10 * number + sensor.id))
+        if number == 1:
+            frame.rig_from_world = pycolmap.Rigid3d(pycolmap.Rotation3d([0, 0, 0, 1]), [0, 2, 0])
+        model.add_frame(frame)
+        for i in (1, 2):
+            image = pycolmap.Image(name=f"eye {i}/view {number}.jpg", camera_id=i, image_id=10 * number + i)
+            image.frame_id = number
+            model.add_image(image)
+    (model.write_text if text else model.write_binary)(tmp_path)
+    frames = dict(prepare_colmap.read_model(tmp_path))
+    assert set(frames) == {"eye 1/view 1.jpg", "eye 2/view 1.jpg"}
+    np.testing.assert_allclose(frames["eye 1/view 1.jpg"], [0, -2, 0, 1, 0, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(frames["eye 2/view 1.jpg"], [-1, -2, 0, 1, 0, 0, 0], atol=1e-12)
+
+
+TEXT_MISTAKES = {
+    "another number": (lambda text: text.replace("images: 6", "images: 7"),
+                       "images.txt: 6 images, but its header says 7"),
+    "an id twice": (lambda text: text.replace("\n2 ", "\n1 "),
+                    "images.txt: line 7: image id 1 is listed in line 5 already"),
+    "no name": (lambda text: text.replace(" walk/#2.jpg", ""), "images.txt: line 9: '3 -0.58"),
+    "cut off": (lambda text: text[:text.index("walk/#2") - 60], "images.txt: line 9: '3 -0.58"),
+    "cut in the name": (lambda text: text[:text.index("/#2")], "images.txt: 3 images, but its header says 6"),
+    "half a point": (lambda text: text.replace("0.jpg\n", "0.jpg\n1.5 2"),
+                     "images.txt: line 6: '1.5 2' is neither an image"),
+    "half a point, whole numbers": (lambda text: text.replace("0.jpg\n", "0.jpg\n1 2 -1 3 4 -1 5 6 7 8 9"),
+                                    "images.txt: line 6: '1 2 -1 3 4 -1 5 6 7 8 9' is neither an image"),
+    "points behind an empty line": (lambda text: text.replace("0.jpg\n", "0.jpg\n\n1 2 -1 3 4 -1 5 6 7 8 9 8\n"),
+                                    "images.txt: line 7: '1 2 -1 "),
+    "nan": (lambda text: re.sub("\n3 [^ ]* ", "\n3 nan ", text), "image walk/#2.jpg has no finite pose"),
+    "no rotation": (lambda text: re.sub("\n3( [^ ]*){4} ", "\n3 0 0 0 0 ", text),
+                    "image walk/#2.jpg has no finite pose"),
+    "a number of Python's": (lambda text: re.sub("\n3 [^ ]* ", "\n3 0_1 ", text), "images.txt: line 9: '3 0_1 "),
+    "Latin-1": (lambda text: text.encode("latin-1"), "images.txt: not a text file in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", TEXT_MISTAKES)
+def test_a_damaged_images_txt_ends_in_one_clear_line(case, tmp_path):
+    write_model(tmp_path / "model", True, ODD_NAMES)
+    path = tmp_path / "model/images.txt"
+    broken = TEXT_MISTAKES[case][0](path.read_text(encoding="utf-8"))
+    path.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    assert TEXT_MISTAKES[case][1] in error_of(prepare_colmap, tmp_path / "model", tmp_path / "labels")
+    assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("name", ("cameras", "points3D", "frames"))
+def test_another_damaged_file_of_a_text_model_ends_in_one_clear_line(name, tmp_path):
+    write_model(tmp_path / "model", True)
+    path = tmp_path / f"model/{name}.txt"
+    path.write_text(path.read_text() + "1 left\n")
+    error = error_of(prepare_colmap, tmp_path / "model", tmp_path / "labels")
+    assert f"{tmp_path / 'model'}: not a readable COLMAP model" in error and not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("text", (True, False))
+@pytest.mark.parametrize("again", ("seq1/frame8.png", "./seq1/frame8.png", "seq1//frame8.png"))
+def test_an_image_twice_in_a_colmap_model(again, text, tmp_path):
+    write_model(tmp_path / "model", text, [*NAMES, again])
+    error = error_of(prepare_colmap, tmp_path / "model", tmp_path / "labels")
+    assert f"model: image {again} (id 37) is listed as seq1/frame8.png (id 8) already; list each once\n" in error
+    assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("text", (True, False))
+def test_several_images_that_leave_the_folder_are_counted(text, tmp_path):
+    write_model(tmp_path / "model", text, [*(f"../a/{i}.png" for i in range(6)), "/b.png", "c.png"])
+    error = error_of(prepare_colmap, tmp_path / "model", tmp_path / "labels")
+    assert f"{tmp_path / 'model'}: 7 problems: image ../a/0.png leaves " in error
+    assert "image ../a/4.png leaves" in error and "image ../a/5.png" not in error and error.endswith("; and 2 more\n")
+
+
+def test_an_image_of_a_binary_model_without_a_name(tmp_path):
+    write_model(tmp_path / "model", False, ["a.png", "b.png"])
+    path = tmp_path / "model/images.bin"
+    path.write_bytes(path.read_bytes().replace(b"b.png\0", b"\0"))
+    assert "model: image id 2 has no name" in error_of(prepare_colmap, tmp_path / "model", tmp_path / "labels")
 
 
 def remove_files(folder):
@@ -320,6 +525,7 @@ SEVEN_SCENES_MISTAKES = {
     "NaN": (edit(POSE, "-1", "nan"), f"{POSE}: nan in it"),
     "infinite position": (edit(POSE, " 2\n", " -inf\n"), f"{POSE}: -inf in it"),
     "a word": (edit(POSE, "-1", "left"), f"{POSE}: not a matrix of numbers"),
+    "a number of Python's": (edit(POSE, "-1", "-1_0"), f"{POSE}: not a matrix of numbers: could not convert"),
     "mirrored": (edit(POSE, "-1", "1"), f"{POSE}: no rotation and translation"),
     "scaled": (edit(POSE, "-1", "-1.2"), f"{POSE}: no rotation and translation"),
     "transposed": (lambda scene: (scene / POSE).write_text("0 1 0 0\n-1 0 0 0\n0 0 1 0\n4 2 3 1\n"), f"{POSE}: no rotation"),
@@ -345,6 +551,8 @@ CAMBRIDGE_MISTAKES = {
     "seven fields": (edit("dataset_test.txt", "seq3/frame00002.png", ""), "dataset_test.txt: line 4: '"),
     "nine fields": (edit("dataset_test.txt", "frame00002.png", "frame00002.png 1"), "dataset_test.txt: line 4: '"),
     "NaN": (edit("dataset_test.txt", "frame00001.png ", "frame00001.png nan"), "dataset_test.txt: line 5: '"),
+    "a number of Python's": (edit("dataset_test.txt", "frame00001.png ", "frame00001.png 1_"),
+                             "dataset_test.txt: line 5: '"),
     "no header": (edit("dataset_test.txt", "Visual Landmark Dataset V1\n", ""),
                   "dataset_test.txt: line 3: a frame among the 3"),
     "no frames": (lambda scene: (scene / "dataset_test.txt").write_text("a\nb\n\n"), "dataset_test.txt: lists no frame"),
@@ -364,6 +572,42 @@ def test_a_mistake_ends_in_one_clear_line_and_no_label_file(module, write, case,
     break_it(tmp_path / "data" / scene)
     assert words in error_of(module, tmp_path / "data", "--labels_path", tmp_path / "labels")
     assert not (tmp_path / "labels").exists() and not list(tmp_path.rglob("*.part"))
+
+
+def test_first_five():
+    assert first_five(["a"]) == "a" and first_five(["a", "b"]) == "2 problems: a; b"
+    assert first_five(list("abcde")) == "5 problems: a; b; c; d; e"
+    assert first_five(list("abcdefgh")) == "8 problems: a; b; c; d; e; and 3 more"
+
+
+def test_several_bad_poses_of_a_scene_are_counted(tmp_path):
+    chess = write_7scenes(tmp_path)
+    write_frames(chess / "seq-01", 8, NOT_FINITE["nan"])
+    (chess / "seq-02/frame-000001.pose.txt").unlink()
+    (chess / "seq-02/frame-000002.color.png").unlink()
+    error = error_of(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels")
+    assert f"error: 7 problems: {chess}/seq-01/frame-000003.pose.txt: nan in it; a pose must be finite" in error
+    assert "frame-000007" in error and "seq-02" not in error
+    assert error.endswith("; and 2 more; --skip_bad_poses leaves out the frames whose pose is not finite\n")
+    error = error_of(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels", "--skip_bad_poses")
+    assert "error: 2 problems: " in error and "frame-000002.pose.txt: a pose without its image" in error
+    assert "frame-000001.color.png: an image without its pose" in error and "--skip" not in error
+    assert not (tmp_path / "labels").exists()
+
+
+def test_several_bad_lines_of_a_split_file_are_counted(tmp_path):
+    write_cambridge(tmp_path)
+    path = tmp_path / "ShopFacade/dataset_train.txt"
+    text = path.read_text()
+    path.write_text(text.replace("seq10/frame00001", "/seq10/frame00001").replace(".png ", ".jpg ") + "# end\n" * 3)
+    error = error_of(prepare_cambridge, tmp_path, "--labels_path", tmp_path / "labels")
+    assert f"error: {path}: 7 problems: line 4: image {path.parent}/seq10/frame00002.jpg does not exist; " in error
+    assert "line 5: image /seq10/frame00001.jpg is outside" in error and "line 8: '# end' is no frame" in error
+    assert "line 9" not in error and error.endswith("; and 2 more\n")
+    path.write_text(text + "".join(f"{line}\n" for line in text.splitlines()[3:5]))
+    error = error_of(prepare_cambridge, tmp_path, "--labels_path", tmp_path / "labels")
+    assert "error: 2 problems: " in error and error.count("already; list each once") == 2
+    assert not (tmp_path / "labels").exists()
 
 
 def listing(folder):

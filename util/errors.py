@@ -1,6 +1,14 @@
 """The one exception that stands for a mistake of the user's."""
 
 
+def first_five(problems):
+    """One text of a list of at least one: the only one, or for several their number and the first five."""
+    if len(problems) == 1:
+        return problems[0]
+    rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return f"{len(problems)} problems: {'; '.join([*problems[:5], *rest])}"
+
+
 class UserError(Exception):
     """Something that the user can mend: shown as one line, exit status 2, no traceback.
 
