@@ -105,9 +105,32 @@ def test_errors_are_drawn_sequence_by_sequence(tested):
             parts = [error[keys == key] for key in keys.unique()]
             assert np.array_equal(line.get_ydata(), np.concatenate([parts[0], [np.nan], parts[1], [np.nan], parts[2]]), equal_nan=True)
             assert np.array_equal(line.get_xdata(), [*range(15), np.nan, *range(15, 30), np.nan, *range(30, 40)], equal_nan=True)
+    assert all(tick == int(tick) for tick in plots.sequences(labels[:2], [e[:2] for e in errors]).axes[1].get_xticks())
     [names] = figure.axes[0].child_axes
     assert {label.get_text(): at for at, label in zip(names.get_xticks(), names.get_xticklabels())} == {
         "attic/seq-01": 7, "attic/seq-02": 22, "..." + f"{NAME}/seq-01"[-17:]: 34.5}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_legend_names_each_line_in_its_colour(alone):
+    """The legends' entries, their colours and dashes, and where they are on the page."""
+    labels = pd.DataFrame({"scene": ["attic"] * 3, "seq": ["1"] * 3})
+    figure = plots.sequences(labels, [np.array([1.0, 2, 9]), np.array([10.0, 20, 90])],
+                             None if alone else [np.array([3.0, 4, 9]), np.array([30.0, 40, 90])])
+    figure.draw_without_rendering()
+    for axes, before, median in zip(figure.axes, ("4.000 m", "40.00 deg"), ("2.000 m", "20.00 deg")):
+        legend = axes.get_legend()
+        entries = {text.get_text(): (line.get_color(), line.get_linestyle())
+                   for text, line in zip(legend.get_texts(), legend.get_lines())}
+        frames = {"each frame": (plots.COLOURS[0], "-")}
+        if not alone:
+            frames[f"the APR alone: each frame, median {before}"] = ("0.65", "-")
+        assert entries == frames | {f"median {median}": (plots.COLOURS[1], "--")}
+        [drawn] = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert set(drawn.get_ydata()) == {float(median.split()[0])} and drawn.get_color() == plots.COLOURS[1]
+        box = legend.get_window_extent()
+        words = [figure.axes[1].xaxis.label, *figure.axes[1].get_xticklabels()]
+        assert not any(box.overlaps(other.get_window_extent()) for other in (*figure.axes, *words))
 
 
 def test_a_training_is_drawn_over_epochs():
@@ -128,13 +151,26 @@ def test_a_training_is_drawn_over_epochs():
 def test_the_worst_frames_are_shown_with_their_errors(tested):
     labels = tested[0]
     errors = [np.zeros(40), np.zeros(40)]
-    errors[0][[0, 2, 4, 12, 31, 39]] = 0.1, 9, 7, 5, np.nan, 8  # 4 is of 2's sequence and near it, 39 of the other scene and near 31
-    errors[1][[1, 3, 12, 14, 24]] = 40, 30, 60, 50, 20  # 1, 3 and 14 follow one another, 12 is shown, 14 is near it
+    # 4 is of 2's sequence and near it, 39 of the other scene and near 31.
+    errors[0][[0, 2, 4, 12, 31, 39]] = 0.1, 9, 7, 5, np.nan, 8
+    errors[1][[1, 3, 12, 14, 24]] = 40, 30, 60, 50, 20  # 3 is near 1, and 14 near 12, which is in the first row too
     shown = []
     figure = plots.worst(labels, errors, lambda i: shown.append(int(i)) or Image.new("RGB", (341, 256)))
-    assert shown == [31, 2, 12, 1, 24, 11]
+    assert shown == [31, 2, 12, 12, 1, 24]
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[1] == f"...{f'a/{NAME}/frame-000002.png'[-41:]}\n9.00 m, 0.0 deg" and titles[3].endswith("\n0.00 m, 40.0 deg")
+    assert titles[1] == f"...{f'a/{NAME}/frame-000002.png'[-41:]}\n9.00 m, 0.0 deg"
+    assert titles[3].endswith("\n5.00 m, 60.0 deg")
+
+
+def test_near_frames_fill_a_row_that_would_be_short():
+    """12 frames of one sequence: two of a row are ten frames apart, the third is not. Two frames are in both rows."""
+    labels = pd.DataFrame({"scene": ["attic"] * 12, "seq": ["1"] * 12, "img_path": ["a.png"] * 12})
+    errors = [np.array([1.0, 9, 8, 7, 2, 2, 2, 2, 2, 2, 2, 0.5]), np.array([2.0, 3, 4, 9, 5, 6, 7, 8, 1, 1, 1, 1])]
+    for n, expected in ((12, [1, 11, 2, 3, 7, 6]), (2, [1, 0, 1, 0])):
+        shown = []
+        image = Image.new("RGB", (9, 9))
+        plots.worst(labels[:n], [error[:n] for error in errors], lambda i: shown.append(int(i)) or image)
+        assert shown == expected
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -10,12 +10,11 @@ from datasets.labels import POSE_COLUMNS, read_labels
 from util import poses
 from util.metrics import pose_err
 
-random = np.random.default_rng(0)
-
 
 @pytest.fixture
 def files(tmp_path):
     """Labels and predictions of seven frames, close to each other; quaternions of any norm and sign."""
+    random = np.random.default_rng(0)
     truth = random.standard_normal((7, 7))
     for name, values in (("labels", truth), ("predictions", truth + 0.1 * random.standard_normal((7, 7)))):
         write_labels(tmp_path / f"{name}.csv", [f"attic,test,seq-01,attic/seq-01/frame-{i:06d}.color.png,"
@@ -59,7 +58,7 @@ def test_evo_reads_the_trajectories_and_finds_our_errors(files, convention, monk
 def test_visloc_poses_lead_back_to_the_labels(files, convention):
     lines = convert(files, "labels", "visloc", convention).read_text().splitlines()
     table = pd.read_csv(files / "labels.csv")
-    assert [line.split()[0] for line in lines] == table["img_path"].tolist()
+    assert [line.split()[0] for line in lines] == [f"frame-{i:06d}.color.png" for i in range(7)]
     for line, pose in zip(lines, table[POSE_COLUMNS].to_numpy()):
         numbers = np.array(line.split()[1:], float)
         quaternion = numbers[:4] if convention == "CambridgeLandmarks" else qinverse(numbers[:4])
@@ -73,6 +72,54 @@ def test_labels_of_predictions_are_a_label_file(files):
     written = read_labels(convert(files, "predictions", "labels", "7Scenes"))
     assert list(pd.read_csv(files / "predictions.labels")) == list(pd.read_csv(files / "labels.csv"))
     assert np.allclose(written[POSE_COLUMNS], pd.read_csv(files / "predictions.csv")[POSE_COLUMNS])
+
+
+@pytest.mark.parametrize("more, names", [
+    ([], ["1.jpg", "2.jpg", "3.jpg"]),
+    (["--name_parts", 1], ["1.jpg", "2.jpg", "3.jpg"]),
+    (["--name_parts", 2], ["nexus/1.jpg", "milestone/2.jpg", "3.jpg"]),
+    (["--name_parts", 9], ["query/night/nexus/1.jpg", "night/milestone/2.jpg", "3.jpg"]),
+])
+def test_a_visloc_name_is_the_end_of_a_path(tmp_path, more, names):
+    paths = "query/night/nexus/1.jpg", "night/milestone/2.jpg", "3.jpg"
+    write_labels(tmp_path / "labels.csv", [f"attic,test,s,{path},1,2,3,1,0,0,0" for path in paths])
+    status, _, errors = run_module_here(poses, tmp_path / "labels.csv", tmp_path / "out.txt", "--format", "visloc",
+                                        "--convention", "7Scenes", *more)
+    assert not status, errors
+    assert [line.split()[0] for line in (tmp_path / "out.txt").read_text().splitlines()] == names
+
+
+@pytest.mark.parametrize("more, paths, problem", [
+    ([], ["day/nexus/1.jpg", "2.jpg", "night/nexus/1.jpg"],
+     "rows 2 and 4: both images have the name '1.jpg', and visloc has one line per name; raise --name_parts above 1"),
+    (["--name_parts", 2], ["day/nexus/1.jpg", "night/nexus/1.jpg"],
+     "rows 2 and 3: both images have the name 'nexus/1.jpg', and visloc has one line per name; raise --name_parts "
+     "above 2"),
+    (["--name_parts", 3], ["day/nexus/1.jpg", "night/nexus/1.jpg"], None),
+    (["--name_parts", 9], ["a/1.jpg", "a/1.jpg"],
+     "rows 2 and 3: both images have the name 'a/1.jpg', and visloc has one line per name; delete one of the rows"),
+    ([], ["day 1/nexus/1.jpg"], None),
+    (["--name_parts", 3], ["a/day 1/nexus/1.jpg"],
+     "row 2: img_path 'a/day 1/nexus/1.jpg' has a space in its name 'day 1/nexus/1.jpg', which visloc has between "
+     "numbers; rename it"),
+])
+def test_visloc_names_are_without_spaces_and_each_is_of_one_line(tmp_path, more, paths, problem):
+    write_labels(tmp_path / "labels.csv", [f"attic,test,s,{path},1,2,3,1,0,0,0" for path in paths])
+    status, _, errors = run_module_here(poses, tmp_path / "labels.csv", tmp_path / "out.txt", "--format", "visloc",
+                                        "--convention", "7Scenes", *more)
+    assert errors == (f"poses.py: error: {tmp_path / 'labels.csv'}: {problem}\n" if problem else "")
+    assert status == (2 if problem else 0) and (tmp_path / "out.txt").exists() == (problem is None)
+
+
+@pytest.mark.parametrize("form, parts, problem", [
+    ("visloc", "0", "'0' is not a whole number from 1"), ("visloc", "-1", "'-1' is not a whole number from 1"),
+    ("visloc", "1.5", "'1.5' is not a whole number from 1"),
+    ("tum", "1", "--name_parts is for visloc, which names images; leave it out with tum"),
+    ("labels", "2", "--name_parts is for visloc, which names images; leave it out with labels")])
+def test_name_parts_are_a_whole_number_and_for_visloc(files, form, parts, problem):
+    status, _, errors = run_module_here(poses, files / "labels.csv", files / "out.txt", "--format", form,
+                                        "--convention", "7Scenes", "--name_parts", parts)
+    assert status == 2 and errors.endswith(f"{problem}\n") and not (files / "out.txt").exists()
 
 
 def test_what_cannot_be_converted_is_named(files):

@@ -42,6 +42,7 @@ def test_a_known_point_is_seen_where_the_label_projects_it(tmp_path, layout, wor
     to_camera = {}  # what util.poses writes for the visual localisation benchmark
     for split in ("train", "test"):
         assert not run_module_here(poses, tmp_path / f"{prefix}_cube_{split}.csv", tmp_path / "visloc.txt", "--format", "visloc",
+                                   "--name_parts", "9",
                                    "--convention", {"7Scenes": "7Scenes", "cambridge": "CambridgeLandmarks"}[layout])[0]
         to_camera |= {line.split()[0]: line for line in (tmp_path / "visloc.txt").read_text().splitlines()}
     compared = 0

@@ -9,7 +9,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 # What is kept of an epoch, under TensorBoard's names; errors are medians.
 CURVES = ("steps", "learning rate", "loss/epoch", "position error [m]/training", "orientation error [deg]/training",
           "position error [m]/validation", "orientation error [deg]/validation")
-N_WORST, N_APART = 3, 10  # frames with the largest errors of position, and of orientation, and how far apart
+N_WORST, N_APART = 3, 10  # frames with the largest errors of position, and of orientation; how far apart if possible
 LEAST = 1e-6  # metres, degrees: what is drawn for 0 on a logarithmic axis
 
 
@@ -144,19 +144,27 @@ def sequences(labels, errors, before=None):
     begins = np.flatnonzero(keys[1:] != keys[:-1]) + 1
     figure, panels = _figure(9, 6, 2, 1, sharex=True, subplot_kw={"yscale": "log"})
     for axes, k, name, unit in zip(panels[:, 0], (0, 1), ("position", "orientation"), ("m", "deg")):
-        for values, colour, label in ([(before[k], "0.65", "the APR alone: ")] if before else []) + [(errors[k], COLOURS[0], "")]:
+        lines = [(errors[k], COLOURS[0], "each frame")]
+        if before:
+            median = f"median {np.median(before[k]):.{3 - k}f} {unit}"
+            lines.insert(0, (before[k], "0.65", f"the APR alone: each frame, {median}"))
+        for values, colour, label in lines:
             # Lines end where a sequence does.
-            drawn = [np.insert(numbers, begins, np.nan) for numbers in (np.arange(len(keys), dtype=float), np.maximum(values[order], LEAST))]
-            axes.plot(*drawn, "." if len(keys) > 1000 else ".-", color=colour, linewidth=0.6, markersize=2.5,
-                      label=f"{label}median {np.median(values):.{3 - k}f} {unit}")
-        axes.axhline(max(np.median(errors[k]), LEAST), color=COLOURS[1], linestyle="--", linewidth=1)
+            drawn = [np.insert(numbers, begins, np.nan)
+                     for numbers in (np.arange(len(keys), dtype=float), np.maximum(values[order], LEAST))]
+            style = "." if len(keys) > 1000 else ".-"
+            axes.plot(*drawn, style, color=colour, linewidth=0.6, markersize=2.5, label=label)
+        median = np.median(errors[k])
+        axes.axhline(max(median, LEAST), color=COLOURS[1], linestyle="--", linewidth=1,
+                     label=f"median {median:.{3 - k}f} {unit}")
         if len(begins) < 200:
             axes.vlines(begins - 0.5, 0, 1, transform=axes.get_xaxis_transform(), color="black", linewidth=0.6)
         axes.set(ylabel=f"{name} error [{unit}]", xlim=(-0.5, len(keys) - 0.5))
         _logarithmic(axes)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right", bbox_to_anchor=(1, -0.02 - 0.12 * k), ncols=2, frameon=False)
+        axes.legend(loc="upper right", bbox_to_anchor=(1, -0.02 - 0.12 * k), ncols=3, frameon=False, fontsize=8)
     panels[1, 0].set_xlabel("frame, sequence by sequence", loc="left")
+    panels[1, 0].xaxis.get_major_locator().set_params(integer=True)
     parts = sorted(zip([0, *begins], [*begins, len(keys)]), key=lambda part: part[0] - part[1])  # the longest first
     names = [_short(keys[begin]) for begin, _ in parts]
     lying = all(len(name) / 90 < (end - begin) / len(keys) for name, (begin, end) in zip(names, parts))
@@ -172,25 +180,18 @@ def sequences(labels, errors, before=None):
 
 
 def worst(labels, errors, frame):
-    """The frames with the largest errors of position and, in the second row, of orientation, none within N_APART frames of another of its
-    sequence, which would show the same. frame: row's position -> PIL image."""
+    """The frames with the largest errors of position and, in the second row, of orientation. Each row picks for itself,
+    so that a frame may be in both. frame: row's position -> PIL image."""
     figure, panels = _figure(9, 5.8, 2, N_WORST)
     keys = (labels["scene"] + "/" + labels["seq"].astype(str)).to_numpy()
-    shown = []
     for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
         for axes in row:
             axes.set(xticks=[], yticks=[], frame_on=False)
-        columns = iter(row)
-        for i in np.argsort(-np.nan_to_num(errors[k], nan=np.inf), kind="stable"):
-            if any(keys[i] == keys[j] and abs(i - j) < N_APART for j in shown):
-                continue
-            axes = next(columns, None)
-            if axes is None:
-                break
+        row[0].set_ylabel(f"largest {name} errors")
+        for axes, i in zip(row, _worst_frames(keys, errors[k])):
             axes.imshow(frame(i))
-            axes.set_title(f"{_short(labels['img_path'].iloc[i], 44)}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg", fontsize=8)
-            row[0].set_ylabel(f"largest {name} errors")
-            shown.append(i)
+            title = f"{_short(labels['img_path'].iloc[i], 44)}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg"
+            axes.set_title(title, fontsize=8)
     return figure
 
 
@@ -207,6 +208,18 @@ def vertical(poses):
     down = max((turned.nanmean(dim=1) for turned in (to_world, to_camera)), key=torch.linalg.vector_norm)
     axis = int(down.abs().argmax())
     return axis, bool(down[axis] > 0)
+
+
+def _worst_frames(keys, error):
+    """The places of the N_WORST frames to show. First come the largest errors at least N_APART frames apart within a
+    sequence, since nearer frames show the same; where these are too few, the largest of the others follow. keys: the
+    frames' sequences."""
+    order = np.argsort(-np.nan_to_num(error, nan=np.inf), kind="stable")
+    apart = []
+    for i in order:
+        if len(apart) < N_WORST and all(keys[i] != keys[j] or abs(i - j) >= N_APART for j in apart):
+            apart.append(i)
+    return [*apart, *(i for i in order if i not in apart)][:N_WORST]
 
 
 def _limits(*values):

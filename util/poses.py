@@ -1,12 +1,16 @@
 """Poses in the formats of other tools.
 
-    python -m util.poses PREDICTIONS.csv OUT --format {tum,visloc,labels} --convention {7Scenes,CambridgeLandmarks} [--frames LABELS.csv]
+    python -m util.poses PREDICTIONS.csv OUT --format {tum,visloc,labels} --convention {7Scenes,CambridgeLandmarks}
+        [--frames LABELS.csv] [--name_parts N]
 
 PREDICTIONS.csv is what a script wrote with --predictions_path, or a label file; with --frames its frames are counted as in LABELS.csv, so
 that trajectories of the same frames have the same times, whatever their order. The convention is the dataset's whose labels the APR
 was trained on: 7Scenes' quaternions are camera-to-world, Cambridge's world-to-camera; positions are the camera's in both.
+visloc names an image by its file's name; --name_parts 2 keeps the folder before it, which for some of the benchmark's
+datasets is the camera's.
 """
 import argparse
+from pathlib import PurePosixPath
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -41,21 +45,36 @@ def tum(table, convention, frames=None):
     return [f"{time} {_numbers(pose)}" for time, pose in sorted(zip(times, poses), key=lambda line: line[0])]
 
 
-def visloc(table, convention):
-    """Lines of the visual localisation benchmark (visuallocalization.net): name qw qx qy qz tx ty tz, world-to-camera. Raises
-    UserError for names with spaces."""
-    spaced = [i for i, name in enumerate(table["img_path"]) if len(name.split()) != 1]
-    if spaced:
-        raise UserError(f"row {table['row'][spaced[0]]}: img_path '{table['img_path'][spaced[0]]}' has a space, which visloc has between "
-                        "numbers; rename the image")
+def visloc(table, convention, name_parts=1):
+    """Lines of the visual localisation benchmark (visuallocalization.net): name qw qx qy qz tx ty tz, world-to-camera.
+    The name is the last `name_parts` parts of the image's path. Raises UserError for names with spaces, or two lines of
+    one name."""
+    names = ["/".join(PurePosixPath(path).parts[-name_parts:]) for path in table["img_path"]]
+    first = {}  # a name's first place
+    for i, (name, path) in enumerate(zip(names, table["img_path"])):
+        if len(name.split()) != 1:
+            raise UserError(f"row {table['row'][i]}: img_path '{path}' has a space in its name '{name}', which visloc "
+                            "has between numbers; rename it")
+        j = first.setdefault(name, i)
+        if j != i:
+            longer = table["img_path"][j] != path
+            remedy = f"raise --name_parts above {name_parts}" if longer else "delete one of the rows"
+            raise UserError(f"rows {table['row'][j]} and {table['row'][i]}: both images have the name '{name}', and "
+                            f"visloc has one line per name; {remedy}")
     rotations, positions = camera_to_world(poses_of(table), convention)
     to_camera = rotations.inv()
     poses = np.hstack((np.roll(to_camera.as_quat(), 1, axis=1), -to_camera.apply(positions)))
-    return [f"{name} {_numbers(pose)}" for name, pose in zip(table["img_path"], poses)]
+    return [f"{name} {_numbers(pose)}" for name, pose in zip(names, poses)]
 
 
 def _numbers(values):
     return " ".join(f"{value:.9f}" for value in values)
+
+
+def _name_parts(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
 
 
 def main():
@@ -69,9 +88,14 @@ def main():
     parser.add_argument("--frames", metavar="LABELS.csv",
                         help="tum: count the frames as in this file, so that trajectories of the same frames have the same times (default: as "
                              "in PREDICTIONS.csv)")
+    parser.add_argument("--name_parts", metavar="N", type=_name_parts,
+                        help="visloc: how many of the last parts of an image's path are its name; 2 keeps the file's "
+                             "folder (default: 1)")
     args = parser.parse_args()
     if args.frames and args.format != "tum":
         raise UserError(f"--frames is for tum, which counts frames; leave it out with {args.format}")
+    if args.name_parts and args.format != "visloc":
+        raise UserError(f"--name_parts is for visloc, which names images; leave it out with {args.format}")
     for path in filter(None, (args.predictions, args.frames)):
         if same_file(path, args.output):
             raise UserError(f"{args.output} is the file to {'convert' if path == args.predictions else 'count the frames by'}, which stays as it "
@@ -83,7 +107,8 @@ def main():
         table = read_labels(args.predictions, ["img_path", *POSE_COLUMNS])
         frames = read_labels(args.frames, ["img_path", *POSE_COLUMNS])["img_path"] if args.frames else None
         try:
-            lines = visloc(table, args.convention) if args.format == "visloc" else tum(table, args.convention, frames)
+            lines = (visloc(table, args.convention, args.name_parts or 1) if args.format == "visloc"
+                     else tum(table, args.convention, frames))
         except UserError as error:
             raise UserError(f"{args.predictions}: {error}") from error
         with whole_file(args.output) as file:
