@@ -3,7 +3,7 @@ VENV := .venv
 
 .PHONY: test demo demo-multiscene
 # Two processes with a thread each take two thirds of the time of one process with two threads.
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/installed
@@ -15,4 +15,8 @@ demo-multiscene: $(VENV)/installed
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --requirement requirements-dev.txt
 	touch $@

@@ -7,6 +7,8 @@ def main():
     parser = cli.parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
     parser.add_argument("--checkpoint_path", metavar="FILE.pth",
                         help="the APR's weights: to start from in training, else required (default: none in training)")
+    parser.add_argument("--as_stored", action="store_true",
+                        help="in predict: leave images as stored that have an EXIF orientation (default: turn them upright)")
     args = parser.parse_args()
     run = cli.start(args)
 
@@ -14,10 +16,10 @@ def main():
     import torch.nn.functional as F
 
     from datasets.camera_poses import CameraPoseDataset, Images, test_transform, train_batches, train_transform
-    from datasets.labels import log_summary
-    from models import load_apr
+    from datasets.labels import far_origin, log_summary
+    from models import load_apr, set_origin
     from util import engine
-    from util.errors import UserError
+    from util.errors import UserError, first_five
     from util.latents import infer
     from util.losses import CameraPoseLoss
     from util.report import report, report_images, scene_names_of
@@ -30,6 +32,8 @@ def main():
     if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
         raise UserError("predict takes images in the place of the dataset, - in that of the label file, and --predictions_path, "
                         "where the poses go")
+    if args.as_stored and args.mode != "predict":
+        raise UserError(f"--as_stored is for predict: {args.mode} takes frames as stored, as their labels are; leave it out")
     if freeze and not multi_scene:
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 
@@ -40,6 +44,9 @@ def main():
         transform = test_transform() if config.get("no_augment", False) else train_transform()
         dataset = CameraPoseDataset(args.dataset_path, args.labels_file, transform, config.get("equalize_scenes", False),
                                     names, run.seed)
+        if args.checkpoint_path is None:
+            set_origin(apr, far_origin(dataset.truth[:, :3].numpy()))
+        dataset.move_to(apr.origin)
         if multi_scene:
             dataset.require_scenes(config["num_scenes"], order_known=names is not None or args.checkpoint_path is None)
         log_summary(args.labels_file, dataset.labels)
@@ -67,7 +74,8 @@ def main():
             return loss, result["pose"]
 
         if args.val_labels_file is not None:
-            seen = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names or dataset.scene_names)
+            seen = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names or dataset.scene_names,
+                                     origin=apr.origin)
             seen.cache_frames(args.cache_dir, config.get("cache_memory_gb"))
             seen_frames = engine.frames_of(run, seen)
 
@@ -80,11 +88,17 @@ def main():
                      validate=validate if args.val_labels_file is not None else None)
     elif args.mode == "predict":
         apr.eval()
-        images = Images(args.dataset_path)
-        report_images(run, images.names, engine.evaluate(run, lambda batch: infer(apr, batch["img"]), images), names)
+        images = Images(args.dataset_path, args.as_stored)
+        results = engine.evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
+        unreadable = [images.problem(i) for i in (~results["readable"]).nonzero().squeeze(1).tolist()]
+        if len(unreadable) == len(images):
+            raise UserError(first_five(unreadable))
+        report_images(run, images.names, results, names, apr.origin)
+        if unreadable:
+            raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
     else:
         apr.eval()
-        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
+        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names, origin=apr.origin)
         results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
         report(run, args.checkpoint_path, dataset, results, names)
 

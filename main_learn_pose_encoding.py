@@ -17,6 +17,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
+    from models.checkpoints import check_fingerprint, fingerprint
     from util import engine
     from util.errors import UserError
     from util.latents import compute_latents, freeze, infer, latent_batches, latent_transform, n_views, one_thread, queries_of
@@ -31,10 +32,12 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
     freeze(apr)
     names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
-    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed)
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed,
+                                origin=apr.origin)
 
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
+        encoder.apr.copy_(fingerprint(apr))
         latents = compute_latents(run, apr, dataset, n_views(config))
         teacher = queries_of(latents)
         poses, teacher_latents, scenes = (teacher[key] for key in ("pose", "latents", "scene"))  # the true poses here
@@ -59,7 +62,8 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
             encoder.fit_noise(poses[of_noise], scenes[of_noise], teacher_latents[of_noise])
 
         if args.val_labels_file is not None:
-            seen = compute_latents(run, apr, CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names))
+            seen = compute_latents(run, apr, CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names,
+                                                               origin=apr.origin))
 
             def validate():
                 return apr.regress(*encoder(seen["estimate"], seen.get("scene"))), seen["pose"]
@@ -69,6 +73,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
             engine.train(run, encoder, pose_loss, batches, step, cli.about(run, "pose encoder of " + args.model_name, names),
                          before_save=fit_noise, validate=validate if args.val_labels_file is not None else None)
     else:
+        check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.apr_checkpoint_path)
         encoder.eval()
 
         def estimate(batch):

@@ -31,7 +31,7 @@ def main():
     from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from models import build_pose_encoder, load_apr
-    from models.checkpoints import fill, read_checkpoint
+    from models.checkpoints import check_fingerprint, fill, fingerprint, read_checkpoint
     from models.pose_refiner import PoseRefiner
     from util import engine
     from util.errors import UserError
@@ -51,7 +51,8 @@ def main():
     apr = load_apr(args.model_name, args.backbone_path, config, args.apr_checkpoint_path).to(run.device)
     freeze(apr)
     names = scene_names_of(args.model_name, config, args.apr_checkpoint_path)
-    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed)
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, latent_transform(run), scene_names=names, seed=run.seed,
+                                origin=apr.origin)
     if args.mode != "optimize":
         refiner = PoseRefiner(config["hidden_dim"]).to(run.device)
         if args.rpr_checkpoint_path is not None:
@@ -60,6 +61,7 @@ def main():
     if args.mode == "train":
         log_summary(args.labels_file, dataset.labels)
         latents = compute_latents(run, apr, dataset, n_views(config))
+        refiner.apr.copy_(fingerprint(apr))
         latents = {**queries_of(latents), "estimate": latents["estimate"], "row": latents["row"]}  # 'pose' is the truth here
         if args.rpr_checkpoint_path is None:
             refiner.fit_inputs(latents["latents"], latents["estimate"], latents["pose"])
@@ -70,7 +72,8 @@ def main():
             return pose_loss(pose, batch["pose"]), pose
 
         if args.val_labels_file is not None:
-            seen = compute_latents(run, apr, CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names))
+            seen = compute_latents(run, apr, CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names,
+                                                               origin=apr.origin))
 
             def validate():
                 return refiner(queries_of(seen)["latents"], seen["estimate"]), seen["pose"]
@@ -82,6 +85,7 @@ def main():
         return
 
     if args.mode == "test":
+        check_fingerprint(args.rpr_checkpoint_path, refiner.apr, apr, args.apr_checkpoint_path)
         tested, leaked = args.rpr_checkpoint_path, False
         refiner.eval()
 
@@ -89,6 +93,7 @@ def main():
             return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)
     else:
         encoder = build_pose_encoder(args.model_name, config, args.encoder_checkpoint_path).to(run.device)
+        check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.apr_checkpoint_path)
         freeze(encoder)
         if not encoder.takes_unit_quaternions:
             logging.warning("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as the "

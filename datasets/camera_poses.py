@@ -1,9 +1,12 @@
 """Frames with their camera poses, and the published transforms."""
 import functools
 import glob
+import logging
 import os
 import shutil
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,13 +15,15 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from datasets.image_cache import cache_in_file, cache_in_memory, free_memory, read_frame
+from datasets.images import HEIF_ADVICE, HEIF_EXTENSIONS, IMAGE_EXTENSIONS, path_is, read_header
 from datasets.labels import natural, poses_of, read_labels, scene_indices
 from util import processes
 from util.errors import UserError
 
 SIZE = 224
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")  # of a folder's images
 SHARED_MEMORY = "/dev/shm"
+OPEN_FILES = "/proc/self/fd"
+FILES_PER_WORKER = 20
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 
 
@@ -47,11 +52,20 @@ def _imagenet(device):
 
 
 class _Frames(Dataset):
-    """Image files, and what is decoded of them once."""
+    """Image files, and what is decoded of them once. upright: turn them as their EXIF orientation says."""
 
-    def __init__(self, paths):
-        self.paths = paths
+    def __init__(self, paths, upright=False):
+        self.paths, self.upright = paths, upright
         self.cache = None
+
+    def log_orientations(self):
+        """Log how many images have an EXIF orientation, and what is done about it: nothing where none has."""
+        with ThreadPoolExecutor(n_cores()) as pool:
+            turned = sum(orientation > 1 for *_, orientation in pool.map(read_header, self.paths))
+        if turned:
+            logging.info("EXIF orientation: %d of %d images have one, and %s", turned, len(self.paths),
+                         "are turned upright (--as_stored leaves them as stored)" if self.upright
+                         else "are taken as stored, as their labels are")
 
     def cache_frames(self, cache_dir=None, memory_gb=None):
         """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
@@ -61,7 +75,7 @@ class _Frames(Dataset):
         if cache_dir:
             if processes.rank_here() > 0:
                 processes.wait()  # for a machine's first, which decodes; the others find the file
-            self.cache = cache_in_file(cache_dir, self.paths, self.read, n_threads)
+            self.cache = cache_in_file(cache_dir, self.paths, self.read, n_threads, "upright" if self.upright else "as stored")
             if processes.rank_here() == 0:
                 processes.wait()
         else:
@@ -69,7 +83,7 @@ class _Frames(Dataset):
             self.cache = cache_in_memory(self.paths, self.read, n_threads, memory // processes.n_here())
 
     def read(self, i):
-        return read_frame(self.paths[i])
+        return read_frame(self.paths[i], self.upright)
 
     def frame(self, i):
         pixels = None if self.cache is None else self.cache[i]
@@ -77,47 +91,91 @@ class _Frames(Dataset):
 
 
 class Images(_Frames):
-    """One's own images under the test transform. Items: {'img': 224 x 224 x 3 (uint8)}, asked for as those of
-    CameraPoseDataset; `names`: their paths below the folder that holds them all.
+    """One's own images under the test transform. Items: {'img': 224 x 224 x 3 (uint8), 'readable': whether it could be
+    read; if not, it is black}, asked for as those of CameraPoseDataset; `names`: their paths below the folder that holds
+    them all.
 
-    images: a folder, whose images are taken with those of its folders, or a pattern as in a shell. Raises UserError where
-    there is none.
+    images: a folder, whose images are taken with those of its folders; an image; or a pattern as in a shell.
+    as_stored: leave images as stored that have an EXIF orientation; by default they are turned upright.
+
+    Logs what a folder holds besides. Raises UserError where there is no image.
     """
 
-    def __init__(self, images):
-        folder = os.path.isdir(images)
-        found = glob.glob(os.path.join(glob.escape(images), "**", "*") if folder else images, recursive=True)
-        paths = [path for path in found if os.path.isfile(path) and (not folder or path.lower().endswith(IMAGE_EXTENSIONS))]
-        if not paths:
-            raise UserError(f"{images}: no image; give a folder with images or a pattern in quotes, such as 'photos/*.jpg'")
-        root = images if folder else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-        self.names = sorted((os.path.relpath(path, root) for path in paths), key=natural)
-        super().__init__([os.path.join(root, name) for name in self.names])
+    def __init__(self, images, as_stored=False):
+        found, left_out = _find_images(images)
+        if left_out:
+            logging.info("Left out of %s: %s", images, left_out)
+        if not found:
+            raise UserError(f"{images}: no image{f', but {left_out}' if left_out else ''}; give a folder with images, an image, or a "
+                            "pattern in quotes, such as 'photos/*.jpg'"
+                            + (" ([ ] in it stand for one of the characters between them)" if "[" in images else ""))
+        root = images if os.path.isdir(images) else os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in found])
+        self.names = sorted((os.path.relpath(path, root) for path in found), key=natural)
+        super().__init__([os.path.join(root, name) for name in self.names], upright=not as_stored)
         self.transform = test_transform()
+        self.log_orientations()
 
     def __len__(self):
         return len(self.paths)
 
+    def read(self, i):
+        try:
+            return super().read(i)
+        except UserError:
+            return np.empty((0, 0, 3), np.uint8)  # which a cache keeps, too
+
     def __getitem__(self, item):
         _, i = item
-        return {"img": torch.from_numpy(np.array(self.transform(self.frame(i))))}
+        pixels = None if self.cache is None else self.cache[i]
+        pixels = np.asarray(self.read(i) if pixels is None else pixels)
+        if not pixels.size:
+            return {"img": torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), "readable": False}
+        return {"img": torch.from_numpy(np.array(self.transform(Image.fromarray(pixels)))), "readable": True}
+
+    def problem(self, i):
+        """Why image i cannot be read, in words."""
+        try:
+            super().read(i)
+        except UserError as error:
+            return str(error)
+        return f"image {self.paths[i]} cannot be read (it could not be before; it has changed)"
+
+
+def _find_images(images):
+    """The image files that a folder, a file or a pattern stands for, and in words what else a folder holds."""
+    if os.path.isdir(images):
+        files = [path for path in glob.glob(os.path.join(glob.escape(images), "**", "*"), recursive=True) if os.path.isfile(path)]
+        others = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files if not path_is(path, IMAGE_EXTENSIONS))
+        left_out = ", ".join(f"{n} {kind}{HEIF_ADVICE * (kind in HEIF_EXTENSIONS)}" for kind, n in sorted(others.items()))
+        return [path for path in files if path_is(path, IMAGE_EXTENSIONS)], left_out and f"{left_out}: no images that can be read here"
+    if os.path.isfile(images):
+        return [images], ""
+    # Folders that exist are those folders, whatever characters they have.
+    folder = os.path.dirname(images)
+    while folder and not os.path.isdir(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    pattern = glob.escape(folder) + images[len(folder):] if folder else images
+    return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)], ""
 
 
 class CameraPoseDataset(_Frames):
-    """Items: {'img': 224 x 224 x 3 (uint8), 'pose': 7 numbers (float32), 'scene': index in `scene_names`, -1 if not there,
-    'row': the frame's row in the label file}.
+    """Items: {'img': 224 x 224 x 3 (uint8), 'pose': 7 numbers (float32), its position relative to `origin`, 'scene': index in
+    `scene_names`, -1 if not there, 'row': the frame's row in the label file}. `poses`: all of them, N x 7; `truth`: the same
+    as labelled, float64.
 
     dataset_path: the folder that the label file's image paths are relative to.
     scene_names: the model's scenes in order; by default the label file's, sorted.
     equalize_scenes: an epoch has (frames of the largest scene) x (scenes) items: every frame once, the rest drawn from
         the scenes in proportion to what they lack.
+    origin: 3 numbers (float64) of an APR that keeps one; None for the labels' own.
 
     An item is asked for by its position or by (epoch, position); what is random in it is a function of
     (seed, epoch, position) alone, and a position below the number of rows is that row. Raises UserError for label
     files as `read_labels` does, for a missing image at once, and for an unreadable one when it is reached.
     """
 
-    def __init__(self, dataset_path, labels_file, data_transform=None, equalize_scenes=False, scene_names=None, seed=0):
+    def __init__(self, dataset_path, labels_file, data_transform=None, equalize_scenes=False, scene_names=None, seed=0,
+                 origin=None):
         self.labels_file = labels_file
         self.labels = read_labels(labels_file)
         super().__init__([os.path.join(dataset_path, path) for path in self.labels["img_path"]])
@@ -125,7 +183,8 @@ class CameraPoseDataset(_Frames):
             if not os.path.isfile(path):
                 raise UserError(f"{labels_file}: row {row}: image {path} does not exist")
         self.rows = self.labels["row"].to_numpy()
-        self.poses = torch.tensor(poses_of(self.labels), dtype=torch.float32)
+        self.truth = torch.tensor(poses_of(self.labels))
+        self.move_to(origin)
         self.scene_names = list(scene_names) if scene_names else sorted(set(self.labels["scene"]))
         self.scenes = scene_indices(self.labels, self.scene_names)
         self.transform = data_transform or test_transform()
@@ -138,6 +197,12 @@ class CameraPoseDataset(_Frames):
             self.size = frames.max() * len(present)
             lacking = frames.max() - frames
             self.scene_probabilities = lacking / max(lacking.sum(), 1)
+        self.log_orientations()
+
+    def move_to(self, origin):
+        """Give positions relative to an origin from now on: 3 numbers (float64), or None for the labels' own."""
+        self.origin = torch.zeros(3, dtype=torch.double) if origin is None else origin.cpu()
+        self.poses = torch.cat((self.truth[:, :3] - self.origin, self.truth[:, 3:]), dim=1).float()
 
     def require_scenes(self, num_scenes, order_known):
         """Raise UserError unless every frame has a scene index of a model of `num_scenes` scenes.
@@ -237,6 +302,12 @@ def _loader(dataset, batches, batch_size, n_workers):
         # kills them.
         free = shutil.disk_usage(SHARED_MEMORY).free // processes.n_here()
         n_workers = min(n_workers, free // (4 * batch_size * SIZE * SIZE * 3))
+    if n_workers and os.path.isdir(OPEN_FILES):
+        import resource  # other systems have none
+
+        # Every tensor of a batch on its way is an open file, and so are a worker's pipes.
+        free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir(OPEN_FILES))
+        n_workers = max(min(n_workers, free // FILES_PER_WORKER), 0)
     # Forked, to share the cache; where that is unsafe, a cache stays in its process.
     context = "fork" if n_workers and sys.platform == "linux" else None
     if context is None and getattr(dataset, "cache", None) is not None:

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image
 from torchvision.transforms import Resize
 
+from datasets.images import read_header, read_image
 from util.errors import UserError
 from util.files import whole_file
 from util.progress import progress
@@ -20,7 +20,7 @@ SHORTER_SIDE = 256
 _resize = Resize(SHORTER_SIDE)
 # A file of frames is their pixels one after the other, a row of this kind each, the rows' CRC-32 and the mark.
 _ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
-_MARK = b"frames 1"
+_MARK = b"frames 2"
 _CHUNK = 64  # frames decoded before they are written, so that memory stays small
 
 
@@ -66,10 +66,11 @@ def cache_in_memory(paths, read, n_threads, budget):
     return ImageCache(paths, signatures, shapes[:n_kept], np.frombuffer(buffer, np.uint8))
 
 
-def cache_in_file(cache_dir, paths, read, n_threads):
-    """Decode frames into a file of `cache_dir` that is mapped into memory, or take the one that is there; frames whose files
-    have changed are decoded again. Several runs can share it. Raises UserError where it cannot be written."""
-    identity = "\n".join([_MARK.decode(), str(SHORTER_SIDE), *map(os.path.abspath, paths)])
+def cache_in_file(cache_dir, paths, read, n_threads, kind="as stored"):
+    """Decode frames into a file of `cache_dir` that is mapped into memory, or take the one that exists; frames whose files
+    have changed are decoded again. Several runs can share it. kind: what `read` makes of the frames; each has its own file.
+    Raises UserError where it cannot be written."""
+    identity = "\n".join([_MARK.decode(), kind, str(SHORTER_SIDE), *map(os.path.abspath, paths)])
     path = os.path.join(cache_dir, hashlib.sha256(identity.encode()).hexdigest()[:16] + ".frames")
     cache = _open(path, paths)
     n_stale = len(paths) if cache is None else sum(cache[i] is None for i in range(len(paths)))
@@ -91,21 +92,10 @@ def cache_in_file(cache_dir, paths, read, n_threads):
     return cache
 
 
-def read_frame(path):
-    """An image as the published transforms resize it (PIL, 8-bit RGB, shorter side 256). Raises UserError."""
-    return _resize(read_image(path))
-
-
-def read_image(path):
-    """An image as 8-bit RGB (PIL). Greyscale is repeated, transparency dropped, 16 bits scaled to 8. Raises UserError."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):
-                values = np.asarray(image)
-                return Image.fromarray((values / 257 + 0.5).clip(0, 255).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise anything, and the file is at fault
-        raise UserError(f"image {path} cannot be read ({error})") from error
+def read_frame(path, upright=False):
+    """An image as the published transforms resize it (PIL, 8-bit RGB, shorter side 256); upright: see `read_image`. Raises
+    UserError."""
+    return _resize(read_image(path, upright))
 
 
 def free_memory():
@@ -190,12 +180,10 @@ def _signature(path):
 
 
 def _resized_shape(path):
-    """(height, width) of a frame resized; only the file's header is read. (0, 0) for a file that cannot be read, which is
-    told apart when it is decoded."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except Exception:  # decoders raise anything
+    """(height, width) of a frame resized, as stored; only the file's header is read. (0, 0) for a file that cannot be read,
+    which is reported when it is decoded."""
+    height, width, _ = read_header(path)
+    if not height:
         return 0, 0
     shorter, longer = min(width, height), max(width, height)
     longer = int(SHORTER_SIDE * longer / shorter)

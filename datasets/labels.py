@@ -25,6 +25,7 @@ POSE_COLUMNS = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
 COLUMNS = ["scene", "split", "seq", "img_path", *POSE_COLUMNS]
 UNIT_TOLERANCE = 1e-3
 OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
+FAR_FACTOR = 10  # the same, of the median position's own distance from the origin
 
 
 def read_labels(path, columns=COLUMNS):
@@ -50,6 +51,15 @@ def write_labels(path, table):
 def poses_of(table):
     """The poses of a label table: N x 7, float64."""
     return table[POSE_COLUMNS].to_numpy(dtype=float)
+
+
+def far_origin(positions):
+    """The median of positions, N x 3, where the origin is far from them: FAR_FACTOR times as far from it as half of them
+    are. None elsewhere, as in all published label files. Float32 has metres of UTM or earth-centred coordinates to half a
+    metre, and a network begins at 0."""
+    centre = np.median(positions, axis=0)
+    spread = np.median(np.linalg.norm(positions - centre, axis=1))
+    return centre if np.linalg.norm(centre) > FAR_FACTOR * (spread or 1) else None
 
 
 def scene_indices(table, scene_names):
@@ -91,9 +101,13 @@ def find_problems(table, dataset_path=None):
 
 
 def summarize(table, problems):
-    """One line on a table and its problems, a list of (row, kind, text): how many frames, and how many of each kind."""
+    """One line on a table and its problems, a list of (row, kind, text): how many frames, how many of each kind, and whether
+    the origin is far from the frames."""
     counts = [f"{kind}: {n}" for kind, n in Counter(kind for _, kind, _ in problems).items()]
-    return ", ".join([f"{len(table)} frames", *(counts or ["nothing suspicious"])])
+    origin = None if table.empty else far_origin(poses_of(table)[:, :3])
+    far = [] if origin is None else ["positions far from the origin (a training takes them relative to "
+                                     f"({', '.join(f'{x:.3f}' for x in origin)}), which its weights keep)"]
+    return ", ".join([f"{len(table)} frames", *(counts or ["nothing suspicious"][len(far):]), *far])
 
 
 def log_summary(path, table):
@@ -157,12 +171,11 @@ def _parse(path, columns=COLUMNS):
         raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
     if not lines:
         raise UserError(f"{path}: not a readable label file: it is empty; its first row must be {','.join(columns)}")
-    header, *lines = lines
-    header = [name.strip() for name in header]
+    header, *lines = ([cell.strip() for cell in line] for line in lines)
     missing = [column for column in columns if column not in header]
     if missing:
         raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(columns)}")
-    twice = [column for column, n in Counter(header).items() if n > 1]
+    twice = [column for column, n in Counter(header).items() if column and n > 1]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' is there twice")
 
@@ -173,7 +186,7 @@ def _parse(path, columns=COLUMNS):
             continue
         cells = line + [""] * (len(header) - len(line))
         frame, problem = _parse_frame({column: cells[place] for column, place in places.items()})
-        if len(line) > len(header):
+        if any(line[len(header):]):
             problem = f"{len(line)} cells, but the header has {len(header)}"
         if problem:
             unreadable.append((row, problem))

@@ -55,8 +55,21 @@ def load_apr(model_name, backbone_path, config, checkpoint_path=None):
             logging.info("Layers as in %s, not as in the config: %s", checkpoint_path, ", ".join(differing))
         config.update(layers)
         model = get_model(model_name, "none", config)
+        if "origin" in weights:
+            set_origin(model, torch.zeros(3))  # the checkpoint fills it
         fill(checkpoint_path, model, weights)
     return model.to(memory_format=torch.channels_last)
+
+
+def set_origin(apr, origin):
+    """Let an APR keep the origin, 3 numbers, that its positions are relative to; for None it has none, as published APRs.
+
+    It is for positions far from the coordinates' own origin, such as UTM's. The APR's `origin` is then a part of its
+    weights, 3 numbers (float64), and whoever shows its positions adds it; losses, PAEs and refinement work without it.
+    """
+    import torch
+
+    apr.origin = None if origin is None else torch.as_tensor(origin, dtype=torch.double, device=next(apr.parameters()).device)
 
 
 def build_pose_encoder(model_name, config, checkpoint_path=None):

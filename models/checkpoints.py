@@ -1,4 +1,5 @@
 """Reading and writing weights. Reading never runs code from the file, and only tensors come of it."""
+import hashlib
 import io
 import json
 import logging
@@ -30,6 +31,12 @@ _PICKLED_FUNCTIONS = {
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
 }
+
+
+# Where other trainings keep the state dict within a checkpoint, and what PyTorch's wrappers put before the names.
+_ENTRIES = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("module", "_orig_mod")  # of DataParallel, DistributedDataParallel and AveragedModel; of torch.compile
+_COUNT_OF_AVERAGES = "n_averaged"  # AveragedModel's own
 
 
 class _Pickled:
@@ -129,10 +136,31 @@ def _is_legacy(path):
 
 
 def _as_state_dict(path, loaded):
+    """A state dict out of what a file holds: itself, or as other trainings wrap it, within a dict and with wrappers' names
+    before its own."""
+    steps = []
+    while isinstance(loaded, dict) and (inside := [key for key in _ENTRIES if isinstance(loaded.get(key), dict)]):
+        steps.append(f"its entry '{inside[0]}'")
+        loaded = loaded[inside[0]]
     if not isinstance(loaded, dict) or not loaded or not all(
             isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()):
         raise UserError(f"{path}: not a state dict of names and tensors, as torch.save(model.state_dict()) writes it")
+    wrappers = [name for name in _WRAPPERS if any(name in key.split(".")[:-1] for key in loaded)]
+    if wrappers:
+        steps.append(f"without {' and '.join(f'{name}.' for name in wrappers)} in its names")
+        unwrapped = type(loaded)((_unwrapped(key), value) for key, value in loaded.items() if key != _COUNT_OF_AVERAGES)
+        if hasattr(loaded, "_metadata"):  # of modules, outer ones first: the wrapped ones' is what counts
+            unwrapped._metadata = type(loaded._metadata)((_unwrapped(key), value) for key, value in loaded._metadata.items())
+        if len(unwrapped) < sum(key != _COUNT_OF_AVERAGES for key in loaded):
+            raise UserError(f"{path}: holds two tensors of one name, with and without {wrappers[0]}. before it")
+        loaded = unwrapped
+    if steps:
+        logging.info("%s: the weights are %s", path, ", ".join(steps))
     return loaded
+
+
+def _unwrapped(key):
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def _tensors_of(module, prefix=""):
@@ -165,6 +193,22 @@ def read_about(path):
     if not isinstance(about, dict):
         raise UserError(f"{path}: not a JSON object; mend it or remove it")
     return about
+
+
+def fingerprint(apr):
+    """What tells an APR's weights from any other's: 16 numbers (uint8), for what is trained on its latents to keep."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(apr.state_dict().items()):
+        if not key.endswith("num_batches_tracked"):  # which old files lack, and nothing reads
+            digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()[:16]), dtype=torch.uint8)
+
+
+def check_fingerprint(path, kept, apr, apr_path):
+    """Raise UserError where the fingerprint that a file kept is of another APR; zeros, of published files, are of any."""
+    if kept.any() and not torch.equal(kept.cpu(), fingerprint(apr)):
+        raise UserError(f"{path}: was trained on the latents of another APR than {apr_path}; give that APR, or train anew on this one")
 
 
 def describe(weights):
@@ -226,11 +270,16 @@ def read_checkpoint(path, kind, config):
     return weights
 
 
-def fill(path, module, weights):
-    """Load a state dict into a module, every tensor of it. Raises UserError where they differ, or one is not finite."""
+def check_finite(path, weights):
+    """Raise UserError, naming the tensor, unless all tensors of a state dict are finite."""
     for key, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} is not finite: the training that wrote it has failed")
+
+
+def fill(path, module, weights):
+    """Load a state dict into a module, every tensor of it. Raises UserError where they differ, or one is not finite."""
+    check_finite(path, weights)
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

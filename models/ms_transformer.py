@@ -44,6 +44,7 @@ class MSTransPoseNet(nn.Module):
         self.query_embed_t = nn.Embedding(num_scenes, hidden_dim)
         self.query_embed_rot = nn.Embedding(num_scenes, hidden_dim)
         self.precision = config.get("precision", "fp32")
+        self.register_buffer("origin", None)  # see models.set_origin
         self.scene_embed = nn.Linear(2 * hidden_dim, 1)
         self.regressor_head_t, self.regressor_head_rot = self.build_heads(hidden_dim, num_scenes)
 

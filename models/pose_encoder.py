@@ -21,7 +21,7 @@ class _PoseEncoder(nn.Module):
     A file of ours (state-dict version 3) holds, per scene, the centre and the scale of the training positions and the mean
     orientation: positions are encoded relative to them, quaternions as units of the mean's sign. It also holds
     `noise`, the covariance of the APR's latents (position's, then orientation's) around the encodings of their frames'
-    poses, 2 encoder_dim x 2 encoder_dim. Version 2, without these, encodes the unit quaternion and the position in metres. A
+    poses, 2 encoder_dim x 2 encoder_dim; and `apr`, the fingerprint of that APR. Version 2, without these, encodes the unit quaternion and the position in metres. A
     published PAE (version 1 or none) was trained on the APR's raw estimate, and gets what it is given.
     """
 
@@ -36,6 +36,7 @@ class _PoseEncoder(nn.Module):
         self.register_buffer("scale", torch.ones(num_scenes))
         self.register_buffer("mean_orientation", torch.zeros(num_scenes, 4))
         self.register_buffer("noise", torch.zeros(2 * encoder_dim, 2 * encoder_dim))
+        self.register_buffer("apr", torch.zeros(16, dtype=torch.uint8))  # unknown
 
     @property
     def takes_unit_quaternions(self):
@@ -68,8 +69,8 @@ class _PoseEncoder(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # On the instance, so that saving a published PAE again keeps saying what it is.
         self._version = local_metadata.get("version") or (3 if f"{prefix}centre" in state_dict else 1)
-        if self._version < 3:
-            for name, buffer in self.named_buffers():
+        for name, buffer in self.named_buffers():
+            if self._version < 3 or name == "apr":  # which earlier files of version 3 lack
                 state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 

@@ -27,11 +27,16 @@ class PoseRefiner(nn.Module):
         self.register_buffer("mean", torch.zeros(2 * latent_dim))
         self.register_buffer("deviation", torch.ones(2 * latent_dim))
         self.register_buffer("spread", torch.ones(()))
+        self.register_buffer("apr", torch.zeros(16, dtype=torch.uint8))  # the APR's fingerprint; zeros: unknown
         for linear in (self.hidden[0], self.hidden[3]):
             nn.init.xavier_uniform_(linear.weight)
         for parameter in (*self.x_reg.parameters(), *self.q_reg.parameters()):
             nn.init.zeros_(parameter)
         nn.init.ones_(self.q_reg.bias[:1])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.setdefault(f"{prefix}apr", self.apr)  # which earlier files lack
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def fit_inputs(self, latents, estimates, poses):
         """Take the mean and the standard deviation of the latents, N x 2 latent_dim, and the median distance of the APR's

@@ -25,6 +25,7 @@ class PoseNet(nn.Module):
         self.q_reg = nn.Linear(hidden_dim, 4)
         self.precision = config.get("precision", "fp32")
         self.dropout = nn.Dropout(p=0.1)
+        self.register_buffer("origin", None)  # see models.set_origin
         for linear in (self.x_latent_fc, self.q_latent_fc, self.x_reg, self.q_reg):
             nn.init.kaiming_normal_(linear.weight)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from util import cli
@@ -56,9 +57,14 @@ def run_well(*arguments, **kwargs):
 
 
 def run_here(script, *arguments):
-    """Run a script within this process, which saves its imports; returns what it printed."""
+    """Run a script within this process, which saves its imports; returns what it printed.
+
+    Its pictures are composed, but written blank: drawing them takes longer than most of these runs. test_plots.py draws all of
+    them, and so do runs of the scripts in processes of their own.
+    """
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        patch.setattr(Figure, "savefig", lambda self, file, **options: Image.new("L", (1, 1)).save(file, "png"))
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return output.getvalue()
 

@@ -122,7 +122,18 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
         read_labels(tmp_path / "labels.csv")
 
 
+def test_cells_are_stripped_and_columns_without_a_name_ignored(tmp_path):
+    header = "scene, split,seq ,img_path,,t1,t2,t3,q1,q2,q3,q4,,"
+    rows = ["a,train,s,a/1.png,x,1,2,3,1,0,0,0,,", " a , train,\ts, a/2.png,y, 1 ,2\u00a0,3,1,0,0,0,z,,,", "a ,train,s,a/3.png,,1,2,3,1,0,0,0"]
+    (tmp_path / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
+    table = read_labels(tmp_path / "labels.csv")
+    assert table["scene"].tolist() == ["a"] * 3 and table["split"].tolist() == ["train"] * 3 and table["seq"].tolist() == ["s"] * 3
+    assert table["img_path"].tolist() == ["a/1.png", "a/2.png", "a/3.png"]
+    assert table.loc[:, "t1":"q4"].to_numpy().tolist() == [[1, 2, 3, 1, 0, 0, 0]] * 3
+
+
 @pytest.mark.parametrize("rows, problem", [
+    ([ROW.replace("a/1.png", "  ")], "row 2: img_path '' is empty"),
     ([], "no rows"),
     ([ROW, ROW.replace("2,3", "two,3")], "row 3: t2 'two' is not a finite number"),
     ([ROW, "", ROW.replace("2,3", "nan,3")], "row 4: t2 'nan' is not a finite number"),

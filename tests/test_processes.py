@@ -65,7 +65,7 @@ def state_when_killed(folder, epoch, *command):
     """Run a training until it has saved an epoch, kill it and all that it started, and return the state."""
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while max(states(folder), default=0) < epoch:
             assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
             time.sleep(0.01)

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import MINI, PUBLISHED, ROOT, needs_real_frames, run_well, weights_of
+from conftest import MINI, PUBLISHED, ROOT, needs_real_frames, run_here, run_well, weights_of
 
 from datasets.camera_poses import CameraPoseDataset, to_input
 from datasets.labels import read_labels
@@ -32,16 +32,16 @@ def test_transform_equals_the_published_one(tmp_path):
     assert np.abs(ours.mean(axis=(1, 2)) - golden["frame_mean"]).max() <= 0.02
 
 
-def errors_of(tmp_path, test_labels, script, *arguments):
+def errors_of(tmp_path, test_labels, run, script, *arguments):
     predictions = tmp_path / "predictions.csv"
-    output = run_well(ROOT / script, "posenet", "eval", "none", MINI, test_labels, ROOT / "config.json", *arguments,
+    output = run(ROOT / script, "posenet", "eval", "none", MINI, test_labels, ROOT / "config.json", *arguments,
                       "--preset", "7Scenes", "--set", "backbone_type=mobilenet", "--predictions_path", predictions,
                       "--output_dir", tmp_path)
     return output, pd.read_csv(predictions), pd.read_csv(PUBLISHED / "errors_test.csv")
 
 
 def test_the_published_apr_gives_its_published_errors(tmp_path, test_labels):
-    output, ours, published = errors_of(tmp_path, test_labels, "main.py", "--checkpoint_path", APR)
+    output, ours, published = errors_of(tmp_path, test_labels, run_well, "main.py", "--checkpoint_path", APR)
     assert np.abs(ours["position_error_m"] - published["position_error_m"]).max() <= 1e-3
     assert np.abs(ours["orientation_error_deg"] - published["orientation_error_deg"]).max() <= 0.02
     assert "\nMedian pose error: 0.140[m], 4.731[deg]\n" in output
@@ -52,7 +52,7 @@ def test_the_published_apr_gives_its_published_errors(tmp_path, test_labels):
 
 
 def test_the_published_pae_gives_its_published_errors(tmp_path, test_labels):
-    output, ours, published = errors_of(tmp_path, test_labels, "main_learn_pose_encoding.py", APR,
+    output, ours, published = errors_of(tmp_path, test_labels, run_here, "main_learn_pose_encoding.py", APR,
                                         "--encoder_checkpoint_path", PAE)
     assert np.abs(ours["position_error_m"] - published["pae_position_error_m"]).max() <= 1e-3
     assert np.abs(ours["orientation_error_deg"] - published["pae_orientation_error_deg"]).max() <= 0.02
@@ -63,11 +63,11 @@ def test_the_published_pae_gives_its_published_errors(tmp_path, test_labels):
 def test_encoded_training_poses_improve_the_published_apr(tmp_path, test_labels):
     training = tmp_path / "train.csv"
     training.write_text((MINI / "expected_train.csv").read_text().replace(".png", ".jpg"))
-    common = ("--preset", "7Scenes", "--output_dir", tmp_path, "--set", "backbone_type=mobilenet", "n_workers=0", "n_epochs=100")
-    pae = weights_of(run_well(ROOT / "main_learn_pose_encoding.py", "posenet", "train", "none", MINI, training, ROOT / "config.json",
+    common = ("--preset", "7Scenes", "--output_dir", tmp_path, "--cache_dir", tmp_path / "cache", "--set", "backbone_type=mobilenet", "n_workers=0", "n_epochs=100")
+    pae = weights_of(run_here(ROOT / "main_learn_pose_encoding.py", "posenet", "train", "none", MINI, training, ROOT / "config.json",
                               APR, *common))
     for solver in ("linear", "inversion"):
-        output = run_well(ROOT / "main_refine_apr.py", "posenet", "optimize", "none", MINI, test_labels, ROOT / "config.json", APR, pae,
+        output = run_here(ROOT / "main_refine_apr.py", "posenet", "optimize", "none", MINI, test_labels, ROOT / "config.json", APR, pae,
                           "--ref_poses_file", training, "--solver", solver, *common)
         for kind, least in (("position", -15), ("orientation", -5)):
             change, high = map(float, re.search(rf"^Change of the median {kind} error: (\S+)% \(95% interval \S+% to (\S+)%\)$",

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write_scene
 
 from bench import survival
-from util import engine, resume
+from util import cli, engine, resume
 from util.errors import UserError
 
 SMALL = ["--set", "backbone_type=mobilenet", "hidden_dim=16", "n_epochs=4", "batch_size=3", "n_workers=0", "n_freq_checkpoint=100",
@@ -26,6 +26,7 @@ def layout(tmp_path_factory):
     root = tmp_path_factory.mktemp("resume")
     for split, n in (("train", 6), ("test", 3)):
         write_labels(root / f"{split}.csv", write_scene(root, "attic", n, split))
+    (root / "two.csv").write_text("".join((root / "train.csv").read_text().splitlines(keepends=True)[:3]))
     run_here("main.py", *training(root, "apr", n_epochs=1))
     [apr] = (root / "apr").glob("*_final.pth")
     apr.rename(root / "apr.pth")
@@ -60,14 +61,17 @@ def interrupt(monkeypatch):
 
 @pytest.mark.parametrize("script, settings", [
     ("main.py", {"average_last": 0.5}),
-    ("main.py", {"precision": "bf16", "learnable": "false", "s_x": 1, "s_q": 1, "lr_scheduler_step_size": 1, "average_last": 0}),
+    # Of two frames alone: a CPU without bf16 takes long for each.
+    ("main.py", {"batch_size": 1, "precision": "bf16", "learnable": "false", "s_x": 1, "s_q": 1, "lr_scheduler_step_size": 1, "average_last": 0}),
     ("main_learn_pose_encoding.py", {"average_last": 0.5}),
     ("main_refine_apr.py", {}),
 ])
 def test_a_training_that_is_stopped_goes_on_to_the_same_weights(layout, interrupt, script, settings):
-    whole = weights_of(run_here(script, *training(layout, "whole", script=script, **settings)))
     out = f"stopped-{script}-{len(settings)}"
     command = training(layout, out, script=script, **settings)
+    if "batch_size" in settings:
+        command[4] = layout / "two.csv"
+    whole = weights_of(run_here(script, *command, "--output_dir", layout / "whole"))
     # In the first epoch, where nothing is saved; then in the second one's and in the last one's first step.
     status, said = interrupt(script, command, 1, signal.SIGINT)
     assert status == 130 and said == f"{script}: stopped by SIGINT; no whole epoch is saved: start it again"
@@ -267,6 +271,43 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(layout, stopped, 
     assert f"{layout / 'tested'}/run_" in full(2 ** 13, *tested)  # the log
     output = run_here("main.py", *resumed)  # there is room again
     assert "Going on after epoch" in output and weights_of(output).is_file()
+
+
+@pytest.fixture
+def few_files():
+    """A limit on open files, beyond those that are open now: set it, and it ends with the test."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + n, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_many_batches_of_workers_need_few_open_files(layout, few_files):
+    (layout / "long.csv").write_text((layout / "train.csv").read_text() + (layout / "train.csv").read_text().split("\n", 1)[1] * 7)
+    for script in ("main.py", "main_learn_pose_encoding.py"):  # whose teacher's pass keeps every frame's pose
+        command = training(layout, "long", script=script, n_workers=1, batch_size=1, test_batch_size=1, n_epochs=1, average_last=0)
+        command[4] = layout / "long.csv"
+        few_files(40)  # a batch has four tensors, each a file
+        weights_of(run_here(script, *command))
+
+
+def test_workers_do_not_take_the_last_open_files(layout, few_files):
+    few_files(15)  # for less than a worker
+    output = run_here("main.py", "posenet", "test", *training(layout, "few", "--checkpoint_path", layout / "apr.pth", n_workers=1)[2:])
+    assert "\nMedian pose error: " in output
+
+
+def test_too_many_open_files_are_one_line(few_files, capsys):
+    opened = []
+    few_files(5)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(lambda: opened.extend(os.open(os.devnull, os.O_RDONLY) for _ in range(10)))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("error: too many open files for a process here: allow more (ulimit -n 1024), or take fewer "
+                                            "workers (--set n_workers=0)\n")
 
 
 def test_tensorboard_without_room_ends_in_one_line(tmp_path, small_files, capfd):

@@ -4,14 +4,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fails_here, run_here, run_well, weights_of, write_labels, write_scene
+from conftest import ROOT, fails_here, run_here, run_script, run_well, weights_of, write_labels, write_scene
 from PIL import Image
 
 from datasets.camera_poses import CameraPoseDataset, to_input
@@ -40,9 +39,11 @@ def trained(output):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_at_once_and_tells_all(script):
-    begin = time.perf_counter()
-    output = run_well(script, "-h")
-    assert time.perf_counter() - begin < 1
+    process = run_script("-X", "importtime", script, "-h")
+    imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
+    # Whatever takes long to load is not, on any machine.
+    assert "argparse" in imported and not imported & {"torch", "numpy", "pandas", "scipy", "skimage", "matplotlib", "tqdm"}
+    output = process.stdout
     for word in ("MODEL", "BACKBONE", "DATASET", "LABELS", "CONFIG", "imagenet", "train or test", "--experiment",
                  "(default: out)", "--preset", "--set", "auto, cpu, cuda or cuda:N", "(default: 0)", "--predictions_path"):
         assert word in output
@@ -102,7 +103,7 @@ def test_training_writes_what_the_published_code_writes(posenet, layout):
 def test_a_seed_makes_a_training_repeatable_with_any_number_of_workers(posenet):
     arguments, output = posenet
     first = torch.load(weights_of(output))
-    again, other = (torch.load(weights_of(run_well("main.py", *arguments("train", "attic.csv"), "n_workers=0", *seed)))
+    again, other = (torch.load(weights_of(run_here("main.py", *arguments("train", "attic.csv"), "n_workers=0", *seed)))
                     for seed in ([], ["--seed", "1"]))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["x_reg.weight"], other["x_reg.weight"])
@@ -161,7 +162,7 @@ def test_published_config_files_load_as_they_are(posenet, layout):
                           "lr_scheduler_gamma": 0.1, "lr_scheduler_step_size": 10, "weight_decay": 1e-4, "eps": 1e-10,
                           "n_epochs": 30, "hidden_dim": 16, "backbone_type": "mobilenet", "nheads": 4, "latent_dim": 1024}}
     (layout / "published.json").write_text(json.dumps(config))
-    output = run_well("main.py", "posenet", "train", "none", layout, layout / "attic.csv", layout / "published.json",
+    output = run_here("main.py", "posenet", "train", "none", layout, layout / "attic.csv", layout / "published.json",
                       "--output_dir", layout / "published")
     assert "Epoch-1]" in output and "Epoch-2]" not in output  # general wins over the section in published files
     assert output.count("nheads is ignored") == 1 and "nothing reads: latent_dim" in output
@@ -210,6 +211,20 @@ def test_multi_scene_models_train_and_test_on_two_scenes(layout):
     assert table["predicted_scene"].tolist() == alone["predicted_scene"].tolist() and "Scenes: " in output
     assert table["scene_probability"].between(0.5, 1).all()  # the likelier of two
     assert np.allclose(table.loc[:, "t1":"q4"], alone.loc[:, "t1":"q4"], atol=1e-5)
+
+    # Names of a preset give way to those of the JSON, and --set's are taken instead; a line says so.
+    config = json.loads((ROOT / "config.json").read_text())
+    config["presets"]["other"] = {"scene_names": ["cellar", "attic"], "ems-transposenet": {}}
+    (layout / "preset.json").write_text(json.dumps(config))
+    for given, of_cellar, said in (
+            ([], 1, f"Scenes: attic, cellar, as the JSON beside {apr} says; not cellar, attic, as the preset or the config\n"),
+            (['scene_names=["cellar", "attic"]'], 0, f"Scenes: cellar, attic, as --set says; not attic, cellar, as the JSON beside {apr}\n")):
+        listed = [layout / "preset.json" if part == ROOT / "config.json" else part for part in arguments(
+            "ems-transposenet", "test", "cellar.csv", "--checkpoint_path", apr, "--preset", "other")]
+        output = run_here("main.py", *listed, *given)
+        assert output.count(said) == 1 and f"Scene cellar (index {of_cellar}): " in output
+        accuracy = 100 * (alone["predicted_scene"] == ("cellar" if of_cellar else "attic")).mean()
+        assert f"Scene accuracy: {accuracy:.1f}%" in output
 
     pae, about = trained(run_here("main_learn_multiscene_pose_encoding.py",
                                   *arguments("ems-transposenet", "train", "both.csv", apr)))
@@ -268,6 +283,15 @@ def test_a_pae_and_a_refiner_train(posenet, layout):
     pae = train("main_learn_pose_encoding.py")
     assert torch.load(pae)._metadata[""]["version"] == 3
     refiner = train("main_refine_apr.py", pae)
+    # Both know their APR: with another, also one of the same training, they are refused.
+    other, listed = str(apr).replace("final", "checkpoint-1"), arguments("test", "attic_test.csv")
+    for script, mode, weights, more in (
+            ("main_learn_pose_encoding.py", "test", [], ["--encoder_checkpoint_path", pae]),
+            ("main_refine_apr.py", "test", [pae], ["--rpr_checkpoint_path", refiner]),
+            ("main_refine_apr.py", "optimize", [pae], ["--ref_poses_file", layout / "attic.csv"])):
+        status, said = fails_here(script, "posenet", mode, *listed[2:6], other, *weights, *listed[6:8], *more, *listed[8:])
+        assert status == 2 and said.endswith(f"{refiner if mode == 'test' and weights else pae}: was trained on the latents of another APR "
+                                             f"than {other}; give that APR, or train anew on this one")
     listed = arguments("test", "attic_test.csv")
     output = run_here("main_refine_apr.py", *listed[:6], apr, pae, *listed[6:], "--rpr_checkpoint_path", refiner)
     assert re.search(r"^The APR's own median: .*\n(Change of the median .*\(too few frames for an interval\)\n){2}Median pose error: ",

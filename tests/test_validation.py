@@ -32,10 +32,10 @@ def arguments(layout, mode, out, *more, **settings):
 
 
 def logged(output):
-    """{epoch: medians} of the validations, the epoch that the log names as the best, and the final weights' medians."""
+    """{epoch: medians} of the validations, the epoch that the log names as the best, or 'final', and the final weights' medians."""
     found = dict(re.findall(r"^Validation after epoch (\d+): median pose error: (\S+, \S+?\])", output, flags=re.MULTILINE))
-    return ({int(epoch): text for epoch, text in found.items()},
-            int(re.search(r"^Best in validation: those after epoch (\d+), ", output, flags=re.MULTILINE)[1]),
+    best = re.search(r"^Best in validation: (?:those after epoch (\d+)|the final weights), \S+_best.pth$", output, flags=re.MULTILINE)
+    return ({int(epoch): text for epoch, text in found.items()}, int(best[1]) if best[1] else "final",
             re.search("^Validation of the final weights: median pose error: (.*)$", output, flags=re.MULTILINE)[1])
 
 
@@ -62,9 +62,10 @@ def test_the_best_weights_are_those_of_the_epoch_that_the_log_names(layout):
         assert sorted(validations) == [1, 2, 3, 4, 5]
         prefix = str(weights_of(output)).removesuffix("_final.pth")
         assert json.loads(open(f"{prefix}_best.json").read())["epoch"] == best
-        position = {epoch: float(text.split("[")[0]) for epoch, text in validations.items()}
+        competing = {**validations, "final": final}
+        position = {epoch: float(text.split("[")[0]) for epoch, text in competing.items()}
         assert position[best] == min(position.values())
-        for weights_file, medians in ((f"{prefix}_checkpoint-2.pth", validations[2]), (f"{prefix}_best.pth", validations[best]),
+        for weights_file, medians in ((f"{prefix}_checkpoint-2.pth", validations[2]), (f"{prefix}_best.pth", competing[best]),
                                       (weights_of(output), final)):
             assert found_in_test(layout, script, *weights, weights_file) == medians
 
@@ -74,6 +75,20 @@ def curves(output):
     [folder] = re.findall("^TensorBoard: (.*)$", output, flags=re.MULTILINE)
     events = EventAccumulator(folder).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("final_wins", [False, True])
+def test_the_final_weights_compete_with_those_of_epochs(layout, monkeypatch, final_wins):
+    medians = iter([0.5, 0.3, 0.4, 0.2 if final_wins else 0.35])
+    monkeypatch.setattr(engine, "_validate", lambda *args: ([median := next(medians), 1.0], f"{median:.3f}[m], 1.000[deg]"))
+    output = run_here("main.py", *arguments(layout, "train", "competing", n_epochs=3))
+    final = weights_of(output)
+    best = str(final).replace("_final.pth", "_best.pth")
+    said, epoch = ("the final weights", "final") if final_wins else ("those after epoch 2", 2)
+    assert f"\nBest in validation: {said}, {best}\n" in output
+    assert json.loads(open(best.replace(".pth", ".json")).read())["epoch"] == epoch
+    expected = torch.load(final if final_wins else best.replace("best", "checkpoint-2"))
+    assert all(torch.equal(value, expected[key]) for key, value in torch.load(best).items())
 
 
 class Terminal(io.StringIO):

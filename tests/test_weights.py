@@ -14,8 +14,9 @@ from efficientnet_pytorch import EfficientNet
 from torch import nn
 
 from models import APR_NAMES, backbones, build_pose_encoder, get_model, load_apr
-from models.checkpoints import read_about, read_module_tensors, read_weights, save_weights
+from models.checkpoints import fill, fingerprint, read_about, read_checkpoint, read_module_tensors, read_weights, save_weights
 from models.pose_encoder import PoseEncoder
+from models.pose_refiner import PoseRefiner
 from util.errors import UserError
 
 BACKBONES = {"efficientnet": lambda: EfficientNet.from_name("efficientnet-b0"), "resnet50": torchvision.models.resnet50,
@@ -123,6 +124,74 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     torch.save(BACKBONES["mobilenet"]().state_dict(), tmp_path / "mobilenet.pth")
     with pytest.raises(UserError, match="mobilenet.pth: not the weights of a resnet50 backbone: it lacks"):
         posenet("resnet50", tmp_path / "mobilenet.pth")
+
+
+def wrapped(weights, kind):
+    """A state dict as other trainings save it."""
+    prefix = {"module": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod.", "averaged": "module."}.get(kind, "")
+    weights = {f"{prefix}{key}": value for key, value in weights.items()}
+    if kind == "averaged":
+        return {"n_averaged": torch.tensor(7), **weights}
+    if kind == "inner":  # a compiled or parallel part of the model
+        return {key.replace("backbone.", "backbone._orig_mod.").replace("encoder.", "encoder.module."): value for key, value in weights.items()}
+    return {"epoch": 3, "optimizer": {"state": {}}, kind: weights} if kind in ("state_dict", "model_state_dict", "model") else (
+        {"model": {"state_dict": wrapped(weights, "module")}} if kind == "deep" else weights)
+
+
+@pytest.mark.parametrize("kind", ["module", "compiled", "both", "averaged", "inner", "state_dict", "model_state_dict", "model", "deep"])
+def test_wrapped_checkpoints_are_loaded_with_a_word_about_it(tmp_path, caplog, kind):
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    apr, pae, refiner = posenet("mobilenet"), PoseEncoder(8), PoseRefiner(8)
+    network = BACKBONES["mobilenet"]()
+    for name, module in (("apr", apr), ("pae", pae), ("refiner", refiner), ("backbone", network)):
+        torch.save(wrapped(module.state_dict(), kind), tmp_path / f"{name}.pth")
+    config = {"backbone_type": "mobilenet", "hidden_dim": 8}
+    other = PoseRefiner(8)
+    fill(tmp_path / "refiner.pth", other, read_checkpoint(tmp_path / "refiner.pth", "refiner", config))
+    loaded = {"apr": load_apr("posenet", "none", dict(config), tmp_path / "apr.pth"), "refiner": other,
+              "pae": build_pose_encoder("posenet", config, tmp_path / "pae.pth")}
+    for module, name in ((apr, "apr"), (pae, "pae"), (refiner, "refiner")):
+        assert all(map(torch.equal, module.state_dict().values(), loaded[name].state_dict().values()))
+    assert loaded["pae"].takes_unit_quaternions
+    assert_backbone_equals(posenet("mobilenet", tmp_path / "backbone.pth"), network)
+    said = [message for message in caplog.messages if "the weights are" in message]
+    assert len(said) == (2 if kind == "inner" else 4)  # the refiner and torchvision's backbone have no such parts
+    if kind == "deep":
+        assert "refiner.pth: the weights are its entry 'model', its entry 'state_dict', without module. in its names" in said[0]
+
+
+def test_a_wrapped_pae_keeps_the_version_that_its_metadata_has(tmp_path):
+    published = PoseEncoder(8)
+    published._version = 1
+    module = nn.Module()
+    module.module = published
+    state = module.state_dict()
+    torch.save(state, tmp_path / "pae.pth")
+    assert not build_pose_encoder("posenet", {"hidden_dim": 8}, tmp_path / "pae.pth").takes_unit_quaternions
+    torch.save({"module.x_reg.bias": torch.zeros(3), "x_reg.bias": torch.zeros(3)}, tmp_path / "twice.pth")
+    with pytest.raises(UserError, match="twice.pth: holds two tensors of one name, with and without module. before it"):
+        read_weights(tmp_path / "twice.pth")
+
+
+@pytest.mark.parametrize("backbone_type, key", [("mobilenet", "features.3.conv.0.0.weight"), ("resnet50", "layer1.0.bn1.running_var"),
+                                                ("efficientnet", "_bn0.bias")])
+def test_a_backbone_that_is_not_finite_is_named_with_its_tensor(tmp_path, backbone_type, key):
+    weights = BACKBONES[backbone_type]().state_dict()
+    weights[key].view(-1)[0] = float("inf" if backbone_type == "resnet50" else "nan")
+    torch.save(weights, tmp_path / "backbone.pth")
+    with pytest.raises(UserError, match=f"backbone.pth: {key} is not finite"):
+        posenet(backbone_type, tmp_path / "backbone.pth")
+
+
+def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
+    apr = posenet("mobilenet")
+    torch.save({f"module.{key}": value for key, value in apr.state_dict().items()}, tmp_path / "apr.pth")
+    same = load_apr("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 8}, tmp_path / "apr.pth")
+    assert torch.equal(fingerprint(apr), fingerprint(same))
+    with torch.no_grad():
+        same.q_reg.bias[3] += 1e-6
+    assert not torch.equal(fingerprint(apr), fingerprint(same))
 
 
 @pytest.fixture

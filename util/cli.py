@@ -75,7 +75,10 @@ def run(script):
         with signals.raised() if processes.rank() == 0 else contextlib.nullcontext():
             try:
                 script()
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:
+                if "Too many open files" in str(error):  # PyTorch's loader says it in words alone
+                    raise UserError("too many open files for a process here: allow more (ulimit -n 1024), or take fewer workers "
+                                    "(--set n_workers=0)") from error
                 if not (processes.under_torchrun() and re.search("Connection (closed|reset) by peer", str(error))):
                     raise
                 time.sleep(2)  # torchrun ends the others by a signal, which says more

@@ -61,6 +61,7 @@ class Config(dict):
     """The hyper-parameters of a run: key -> value. A required key that is missing is the user's error."""
 
     source = "the config"
+    given = frozenset()  # the keys that --set gave
 
     def __missing__(self, key):
         raise UserError(f"{self.source}: the required key '{key}' is missing; add it or give --set {key}=VALUE")
@@ -101,6 +102,7 @@ def load_config(path, model_name, sections_after=(), preset=None, overrides=()):
     for override in overrides:
         key, value = _parse(override)
         config[key] = value
+        config.given |= {key}
     if "nheads" in config:
         logging.info("Config key nheads is ignored, as in the published code, which reads nhead (now %s): "
                      "the published checkpoints have 8 heads", config.get("nhead", 8))

@@ -39,7 +39,7 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
     about: what the JSON beside the weights says.
     before_save: called before weights are saved, for what the model keeps beside its parameters.
     validate: () -> (estimated, true poses), two of M x 7, of the model as it is: called every `n_freq_validate` epochs and logged.
-        The weights with the smallest median position error so far are kept in <prefix>_best.pth.
+        The weights with the smallest median position error so far, or in the end the final ones, are kept in <prefix>_best.pth.
 
     Adam and a step schedule by the config. Every n_freq_checkpoint epochs the weights go to <prefix>_checkpoint-<epoch>.pth
     and at the end to <prefix>_final.pth, the picture of the loss and the errors to <prefix>_loss_fig.png; with --tensorboard both go to
@@ -148,10 +148,14 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
         if validate:
             final, text = _validate(model, validate, precision)
             logging.info("Validation of the final weights: median pose error: %s", text)
-            if course.best:
-                logging.info("Best in validation: those after epoch %d, %s_best.pth", course.best[1], run.prefix)
         processes.first_alone()
         before_save()
+        if validate:
+            final_is_best = not course.best or final[0] < course.best[0]
+            if final_is_best:
+                save_weights(f"{run.prefix}_best.pth", model.state_dict(), {**about, "epoch": "final"})
+            logging.info("Best in validation: %s, %s_best.pth", "the final weights" if final_is_best else
+                         f"those after epoch {course.best[1]}", run.prefix)
         logging.info("Training completed")
         save_weights(f"{run.prefix}_final.pth", model.state_dict(), about)
         draw_training(f"{run.prefix}_loss_fig.png", losses, course.curves, final)
@@ -406,8 +410,9 @@ def concatenate(results):
 
 
 def to_device(batch, device):
-    """A batch on a device, its images as the networks take them."""
-    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """A batch on a device, its images as the networks take them. Nothing of it is a worker's shared memory, which is an open
+    file for as long as it is kept."""
+    batch = {key: value.to(device, non_blocking=True, copy=value.is_shared()) for key, value in batch.items()}
     return {**batch, "img": to_input(batch["img"])} if "img" in batch else batch
 
 

@@ -48,7 +48,7 @@ def nearest_references(poses, scenes, references, reference_scenes, k):
 
 def read_references(path, dataset, scene_names, num_scenes=None, allow_query_poses=False):
     """Reference poses from a label file of training frames: R x 7 float32 with unit quaternions, per reference its scene
-    index, -1 for a scene that the model does not know, and whether the references hold answers (only where
+    index, -1 for a scene that the model does not know; positions are relative to the dataset's origin. And whether the references hold answers (only where
     `allow_query_poses` lets them).
 
     dataset: what is tested; scene_names: the model's in order, or None; num_scenes: None for a single-scene model, whose
@@ -71,7 +71,9 @@ def read_references(path, dataset, scene_names, num_scenes=None, allow_query_pos
     labels, _ = mend(labels)
     if len(labels) < n_listed:
         logging.info("--ref_poses_file %s: %d poses far outside the rest, or listed again, left out", path, n_listed - len(labels))
-    references = unit_poses(torch.tensor(poses_of(labels), dtype=torch.float32))
+    poses = torch.tensor(poses_of(labels))
+    poses[:, :3] -= dataset.origin
+    references = unit_poses(poses.float())
     if num_scenes is None:
         others = ~labels["scene"].isin(set(dataset.labels["scene"]))
         if others.any():

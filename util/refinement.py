@@ -28,13 +28,12 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
     poses = unit_poses(queries["pose"])
     known = reference_scenes >= 0
     references, reference_scenes = references[known], reference_scenes[known]
-    encoded = torch.cat(encoder(references, reference_scenes), dim=1)
     refined = torch.zeros(len(poses), dtype=torch.bool, device=poses.device)
     if solver in ("mlp", "simplex"):
         nearest = nearest_references(poses, queries["scene"], references, reference_scenes, config.get("num_neighbors", 3))
         refined = nearest[:, 0] >= 0
         rows = refined.nonzero().squeeze(1)
-        latents, of_nearest = queries["latents"][rows], encoded[nearest[rows]]
+        latents, of_nearest = queries["latents"][rows], encoded_for(encoder, poses[rows], queries["scene"][rows], references[nearest[rows]])
         if solver == "mlp":
             weights = mlp_weights(of_nearest, latents, rows.tolist(), seed, config.get("test_optim_iterations", 3))
         else:
@@ -42,6 +41,7 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
         poses[rows] = weighted_poses(weights, references[nearest[rows]], poses[rows], config.get("refine_orientation"))
         return poses, refined
 
+    encoded = torch.cat(encoder(references, reference_scenes), dim=1)
     for scene in queries["scene"].unique():
         of_scene, rows = reference_scenes == scene, queries["scene"] == scene
         if of_scene.sum() < LEAST_REFERENCES:
@@ -56,6 +56,20 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
             poses[rows] = torch.cat([invert(encoder, latents, scene, *given) for latents in queries["latents"][rows].split(CHUNK)])
         refined[rows] = True
     return poses, refined
+
+
+def encoded_for(encoder, poses, scenes, references):
+    """Encodings of the references of each query: poses N x 7, scenes N, references N x k x 7 -> N x k x 2 latent_dim.
+
+    A published PAE encodes quaternions as it is given them, and has seen those of the APR's estimates: its references get
+    the sign that is nearer to the query's estimate.
+    """
+    if not encoder.takes_unit_quaternions:
+        orientations = on_side_of(references[..., 3:], poses[:, None, 3:])
+        references = torch.cat((references[..., :3], orientations), dim=2)
+    k = references.shape[1]
+    encoded = torch.cat(encoder(references.flatten(0, 1), scenes.repeat_interleave(k)), dim=1)
+    return encoded.unflatten(0, (len(poses), k))
 
 
 def linear_estimate(latents, references, encoded, noise):

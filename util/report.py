@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pandas as pd
+import torch
 
-from datasets.labels import POSE_COLUMNS, write_labels
+from datasets.labels import POSE_COLUMNS, far_origin, write_labels
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
@@ -18,16 +19,22 @@ RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 
 
 def scene_names_of(model_name, config, checkpoint_path):
-    """A multi-scene model's scenes in order: the config's, else those of the JSON beside its weights, else None; always
-    None for a single-scene model. Raises UserError for names in the JSON that cannot be its scenes."""
+    """A multi-scene model's scenes in order: those that --set gives, else those of the JSON beside its weights, else the
+    config's, else None; always None for a single-scene model. Raises UserError for names in the JSON that cannot be its
+    scenes."""
     if model_name in SINGLE_SCENE_APRS:
         return None
-    if "scene_names" in config:
-        return config["scene_names"]
+    given = config.get("scene_names")
     names = read_about(checkpoint_path).get("scene_names") if checkpoint_path else None
-    if names is not None:
-        check_scene_names(f"the JSON beside {checkpoint_path}", names, config["num_scenes"])
-    return names
+    if names is None:
+        return given
+    check_scene_names(f"the JSON beside {checkpoint_path}", names, config["num_scenes"])
+    taken = given if "scene_names" in config.given else names
+    if given not in (None, names):
+        logging.info("Scenes: %s, as %s; not %s, as %s", ", ".join(taken), *(
+            ("--set says", ", ".join(names), f"the JSON beside {checkpoint_path}") if taken is given else
+            (f"the JSON beside {checkpoint_path} says", ", ".join(given), "the preset or the config")))
+    return taken
 
 
 def report(run, tested, dataset, results, scene_names=None, leaked=False):
@@ -41,13 +48,18 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
         taken if it has as many as the model.
     leaked: whether reference poses held the answers, which every line of a result then says.
     """
-    poses, truth = results["pose"].double(), dataset.poses
+    truth = dataset.truth
+    if not dataset.origin.any() and far_origin(truth[:, :3].numpy()) is not None:
+        logging.warning("The positions are far from the origin, and %s keeps none to take them relative to: here float32 has "
+                        "steps of %.2g", tested, np.spacing(truth[:, :3].abs().median(dim=0).values.max().float().numpy()))
+    results = {**results, **{key: to_world(results[key], dataset.origin) for key in ("pose", "apr_pose") if key in results}}
+    poses = results["pose"]
     errors, before = [e.numpy() for e in pose_err(poses, truth)], None
     log_results(tested, dataset.labels_file, poses, truth, results, leaked)
     predictions = dataset.labels.copy()
     predictions[POSE_COLUMNS] = unit_poses(poses).numpy()
     if "apr_pose" in results:
-        apr_poses = unit_poses(results["apr_pose"].double())
+        apr_poses = unit_poses(results["apr_pose"])
         predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = apr_poses.numpy()
         before = [e.numpy() for e in pose_err(apr_poses, truth)]
     predictions["position_error_m"], predictions["orientation_error_deg"] = errors
@@ -66,11 +78,22 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     logging.info("Pictures: %s", ", ".join(pictures))
 
 
-def report_images(run, names, results, scene_names=None):
+def to_world(poses, origin):
+    """Poses in the labels' coordinates, float64, of poses relative to an origin, 3 numbers or None: N x 7 -> N x 7."""
+    poses = poses.double()
+    return poses if origin is None else torch.cat((poses[:, :3] + origin.to(poses.device), poses[:, 3:]), dim=1)
+
+
+def report_images(run, names, results, scene_names=None, origin=None):
     """Write the poses of images without truth, and log how long they took. names: N, the images' paths; results, scene_names:
-    as `report` takes them, with 'scene_log_distr', N x num_scenes, for multi-scene models."""
+    as `report` takes them, with 'readable', N, for those that have a pose, and 'scene_log_distr', N x num_scenes, for
+    multi-scene models; origin: the APR's."""
+    readable = results["readable"]
+    names = [name for name, is_readable in zip(names, readable.tolist()) if is_readable]
+    results = {key: value[readable] for key, value in results.items() if key != "milliseconds_alone"} | {
+        "milliseconds_alone": results["milliseconds_alone"]}
     predictions = pd.DataFrame({"img_path": names})
-    predictions[POSE_COLUMNS] = unit_poses(results["pose"].double()).numpy()
+    predictions[POSE_COLUMNS] = unit_poses(to_world(results["pose"], origin)).numpy()
     if "scene" in results:
         predictions["predicted_scene"] = [scene_name(scene, scene_names) for scene in results["scene"].numpy()]
         predictions["scene_probability"] = results["scene_log_distr"].exp().max(dim=1).values.numpy()

@@ -1,0 +1,139 @@
+"""Images of any kind as 8-bit RGB, and the orientation that cameras note beside the pixels (EXIF).
+
+Pixels come as scikit-image reads them, which is how the published code reads them: as they are stored. What Pillow knows
+better (palettes, CMYK, several frames, HEIC and AVIF) comes from Pillow.
+"""
+import os
+import struct
+
+import numpy as np
+import skimage.color
+import skimage.io
+import skimage.util
+import tifffile
+from PIL import ExifTags, Image, ImageOps, features
+
+from util.errors import UserError
+
+try:
+    import pillow_heif
+except ImportError:
+    HAS_HEIF = False
+else:
+    HAS_HEIF = True
+    pillow_heif.register_heif_opener()
+
+HEIF_EXTENSIONS = (".heic", ".heif")
+HEIF_ADVICE = "" if HAS_HEIF else " (pip install pillow-heif reads them)"
+# The extensions that a folder's images have: of images that can be read here.
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
+                    *((".avif",) if features.check("avif") else ()), *(HEIF_EXTENSIONS if HAS_HEIF else ()))
+_TIFF = (".tif", ".tiff")
+_STORED = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")  # Pillow's modes that scikit-image reads as they are
+_UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90}  # by the value of the tag
+_TURNED_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+
+
+def read_image(path, upright=False):
+    """An image as 8-bit RGB (PIL): greyscale is repeated, transparency dropped, 16 bits and floats scaled to 8 bits.
+
+    upright: turn it as its EXIF orientation says; by default the pixels stay as stored.
+
+    Raises UserError for an image that cannot be read, and for numbers whose range does not say what white is.
+    """
+    try:
+        image = Image.fromarray(_eight_bits(path, _pixels(path)))
+        orientation = read_header(path)[2] if upright else 1
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise anything, and the file is at fault
+        raise UserError(f"image {path} cannot be read ({error})") from error
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def read_header(path):
+    """(height, width, EXIF orientation: 1 to 8, 1 for none) of an image as stored, without decoding it; (0, 0, 1) for a file
+    that cannot be read, which is reported when it is decoded."""
+    try:
+        if path_is(path, _TIFF):
+            with tifffile.TiffFile(path) as file:
+                page = file.pages[0]
+                tag = page.tags.get(ExifTags.Base.Orientation)
+                return page.imagelength, page.imagewidth, int(tag.value) if tag else 1
+        with Image.open(path) as image:
+            if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look for it behind them
+                exif = Image.Exif()
+                exif.load(_exif_of_png(path))
+            else:
+                exif = image.getexif()
+            orientation = exif.get(ExifTags.Base.Orientation, 1)
+            return image.height, image.width, orientation if orientation in _UPRIGHT else 1
+    except Exception:  # decoders raise anything
+        return 0, 0, 1
+
+
+def path_is(path, extensions):
+    """Whether a path has one of the extensions, in letters of any size."""
+    return os.path.splitext(path)[1].lower() in extensions
+
+
+def _pixels(path):
+    """An image's numbers: H x W or H x W x channels."""
+    if path_is(path, _TIFF):
+        try:
+            pixels = skimage.io.imread(path)
+        except ValueError:  # a compression that tifffile lacks
+            return _pillow_pixels(path)
+        with tifffile.TiffFile(path) as file:
+            photometric = file.pages[0].photometric.name
+            several = len(file.pages) > 1
+        # Palettes, CMYK, YCbCr, white at 0, and the first of several pages.
+        return pixels if photometric in ("MINISBLACK", "RGB") and not several else _pillow_pixels(path)
+    with Image.open(path) as image:
+        stored = image.mode in _STORED and image.format not in ("HEIF", "AVIF", "GIF") and getattr(image, "n_frames", 1) == 1
+        has_16_bits = image.format == "PPM" and image.mode == "I"  # of which Pillow makes 32, scaled to 65535
+    pixels = skimage.io.imread(path) if stored else _pillow_pixels(path)
+    return pixels.astype(np.uint16) if has_16_bits else pixels
+
+
+def _pillow_pixels(path):
+    with Image.open(path) as image:
+        # Pillow turns TIFF images by their tag.
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "TIFF" else 1
+        image.load()
+        stored = image if image.mode in _STORED else image.convert("RGB")
+    return np.asarray(stored.transpose(_TURNED_BACK[orientation]) if orientation in _TURNED_BACK else stored)
+
+
+def _eight_bits(path, pixels):
+    """Pixels as H x W x 3 uint8."""
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    pixels = pixels[..., :3] if pixels.shape[-1] > 2 else skimage.color.gray2rgb(pixels[..., 0])
+    if pixels.dtype == np.uint8:
+        return np.ascontiguousarray(pixels)
+    if pixels.dtype == np.uint16:
+        return skimage.util.img_as_ubyte(pixels / 65535)  # rounded; from whole numbers it would be cut
+    if pixels.dtype == bool:
+        return skimage.util.img_as_ubyte(pixels)
+    # Floats and long whole numbers: their values say what white is.
+    low, high = (float(value) for value in (pixels.min(), pixels.max()))
+    if not 0 <= low <= high <= 65535:
+        raise UserError(f"image {path} cannot be read ({pixels.dtype} numbers from {low:.6g} to {high:.6g}, of which none says what "
+                        "white is); save it with 8 or 16 bits, or with numbers from 0 to 1, 255 or 65535")
+    white = next(white for white in (1, 255, 65535) if high <= white)
+    return skimage.util.img_as_ubyte(pixels / np.float64(white))
+
+
+def _exif_of_png(path):
+    """The EXIF data of a PNG file, b"" for none: its chunks' lengths and names are read, not the pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"eXIf":
+                return b"Exif\0\0" + file.read(length)
+            file.seek(length + 4, os.SEEK_CUR)
+    return b""
