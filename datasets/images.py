@@ -11,7 +11,7 @@ import skimage.color
 import skimage.io
 import skimage.util
 import tifffile
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, features
 
 from util.errors import UserError
 
@@ -61,17 +61,20 @@ def read_header(path):
             with tifffile.TiffFile(path) as file:
                 page = file.pages[0]
                 tag = page.tags.get(ExifTags.Base.Orientation)
-                return page.imagelength, page.imagewidth, int(tag.value) if tag else 1
+                return page.imagelength, page.imagewidth, _known(tag.value if tag else 1)
         with Image.open(path) as image:
             if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look for it behind them
                 exif = Image.Exif()
                 exif.load(_exif_of_png(path))
             else:
                 exif = image.getexif()
-            orientation = exif.get(ExifTags.Base.Orientation, 1)
-            return image.height, image.width, orientation if orientation in _UPRIGHT else 1
+            return image.height, image.width, _known(exif.get(ExifTags.Base.Orientation, 1))
     except Exception:  # decoders raise anything
         return 0, 0, 1
+
+
+def _known(orientation):
+    return int(orientation) if orientation in _UPRIGHT else 1
 
 
 def path_is(path, extensions):
