@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -15,10 +16,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from torchvision import transforms
 
 from datasets.image_cache import cache_in_file, cache_in_memory, free_memory, read_frame
-from datasets.images import HEIF_ADVICE, HEIF_EXTENSIONS, IMAGE_EXTENSIONS, path_is, read_header
+from datasets.images import HEIF_ADVICE, HEIF_EXTENSIONS, IMAGE_EXTENSIONS, UnreadableImage, path_is, read_header
 from datasets.labels import natural, poses_of, read_labels, scene_indices
 from util import processes
-from util.errors import UserError
+from util.errors import UserError, first_five
+from util.progress import progress
 
 SIZE = 224
 SHARED_MEMORY = "/dev/shm"
@@ -70,17 +72,38 @@ class _Frames(Dataset):
     def cache_frames(self, cache_dir=None, memory_gb=None):
         """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
         default a quarter of what is free), which the run's processes on a machine share. The items stay the same. Raises
-        UserError for an unreadable image."""
+        UserError for unreadable images."""
         n_threads = n_cores()
-        if cache_dir:
-            if processes.rank_here() > 0:
-                processes.wait()  # for a machine's first, which decodes; the others find the file
-            self.cache = cache_in_file(cache_dir, self.paths, self.read, n_threads, "upright" if self.upright else "as stored")
-            if processes.rank_here() == 0:
-                processes.wait()
-        else:
-            memory = free_memory() // 4 if memory_gb is None else int(memory_gb * 1e9)
-            self.cache = cache_in_memory(self.paths, self.read, n_threads, memory // processes.n_here())
+        with self.naming_all_unreadable():
+            if cache_dir:
+                if processes.rank_here() > 0:
+                    processes.wait()  # for a machine's first, which decodes; the others find the file
+                self.cache = cache_in_file(cache_dir, self.paths, self.read, n_threads, "upright" if self.upright else "as stored")
+                if processes.rank_here() == 0:
+                    processes.wait()
+            else:
+                memory = free_memory() // 4 if memory_gb is None else int(memory_gb * 1e9)
+                self.cache = cache_in_memory(self.paths, self.read, n_threads, memory // processes.n_here())
+
+    @contextmanager
+    def naming_all_unreadable(self):
+        """Within the block, a first image that cannot be read ends in a UserError that counts all of them: the others are
+        decoded for that."""
+        try:
+            yield
+        except UnreadableImage:
+            def problem(i):
+                try:
+                    self.read(i)
+                except UnreadableImage as error:
+                    return str(error)
+
+            with ThreadPoolExecutor(n_cores()) as pool:
+                found = progress(pool.map(problem, range(len(self.paths))), total=len(self.paths), desc="reading", unit="frame")
+                problems = [text for text in found if text]
+            if len(problems) > 1:
+                raise UserError(first_five(problems)) from None
+            raise
 
     def read(self, i):
         return read_frame(self.paths[i], self.upright)
@@ -121,7 +144,7 @@ class Images(_Frames):
     def read(self, i):
         try:
             return super().read(i)
-        except UserError:
+        except UnreadableImage:
             return np.empty((0, 0, 3), np.uint8)  # which a cache keeps, too
 
     def __getitem__(self, item):
@@ -136,7 +159,7 @@ class Images(_Frames):
         """Why image i cannot be read, in words."""
         try:
             super().read(i)
-        except UserError as error:
+        except UnreadableImage as error:
             return str(error)
         return f"image {self.paths[i]} cannot be read (it could not be before; it has changed)"
 
@@ -179,9 +202,10 @@ class CameraPoseDataset(_Frames):
         self.labels_file = labels_file
         self.labels = read_labels(labels_file)
         super().__init__([os.path.join(dataset_path, path) for path in self.labels["img_path"]])
-        for row, path in zip(self.labels["row"], self.paths):
-            if not os.path.isfile(path):
-                raise UserError(f"{labels_file}: row {row}: image {path} does not exist")
+        missing = [f"row {row}: image {path} does not exist" for row, path in zip(self.labels["row"], self.paths)
+                   if not os.path.isfile(path)]
+        if missing:
+            raise UserError(f"{labels_file}: {first_five(missing)}")
         self.rows = self.labels["row"].to_numpy()
         self.truth = torch.tensor(poses_of(self.labels))
         self.move_to(origin)
@@ -222,8 +246,8 @@ class CameraPoseDataset(_Frames):
     def read(self, row):
         try:
             return super().read(row)
-        except UserError as error:
-            raise UserError(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{self.labels_file}: row {self.labels['row'][row]}: {error}") from error
 
     def __len__(self):
         return self.size

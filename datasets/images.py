@@ -36,20 +36,24 @@ _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4
 _TURNED_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
+class UnreadableImage(UserError):
+    """An image file that cannot be read."""
+
+
 def read_image(path, upright=False):
     """An image as 8-bit RGB (PIL): greyscale is repeated, transparency dropped, 16 bits and floats scaled to 8 bits.
 
     upright: turn it as its EXIF orientation says; by default the pixels stay as stored.
 
-    Raises UserError for an image that cannot be read, and for numbers whose range does not say what white is.
+    Raises UnreadableImage for an image that cannot be read, and for numbers whose range does not say what white is.
     """
     try:
         image = Image.fromarray(_eight_bits(path, _pixels(path)))
         orientation = read_header(path)[2] if upright else 1
-    except UserError:
+    except UnreadableImage:
         raise
     except Exception as error:  # decoders raise anything, and the file is at fault
-        raise UserError(f"image {path} cannot be read ({error})") from error
+        raise UnreadableImage(f"image {path} cannot be read ({error})") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -124,8 +128,8 @@ def _eight_bits(path, pixels):
     # Floats and long whole numbers: their values say what white is.
     low, high = (float(value) for value in (pixels.min(), pixels.max()))
     if not 0 <= low <= high <= 65535:
-        raise UserError(f"image {path} cannot be read ({pixels.dtype} numbers from {low:.6g} to {high:.6g}, of which none says what "
-                        "white is); save it with 8 or 16 bits, or with numbers from 0 to 1, 255 or 65535")
+        raise UnreadableImage(f"image {path} cannot be read ({pixels.dtype} numbers from {low:.6g} to {high:.6g}, of which none says "
+                              "what white is); save it with 8 or 16 bits, or with numbers from 0 to 1, 255 or 65535")
     white = next(white for white in (1, 255, 65535) if high <= white)
     return skimage.util.img_as_ubyte(pixels / np.float64(white))
 

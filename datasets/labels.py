@@ -18,7 +18,7 @@ from pathlib import PurePath
 import numpy as np
 import pandas as pd
 
-from util.errors import UserError
+from util.errors import UserError, first_five
 from util.files import same_file, whole_file
 
 POSE_COLUMNS = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
@@ -37,8 +37,8 @@ def read_labels(path, columns=COLUMNS):
     pose that is not seven finite numbers with a quaternion other than zero, and an image path outside the dataset.
     """
     table, unreadable = _parse(path, columns)
-    for row, problem in unreadable:
-        raise UserError(f"{path}: row {row}: {problem}")
+    if unreadable:
+        raise UserError(f"{path}: {first_five([f'row {row}: {problem}' for row, problem in unreadable])}")
     return table
 
 

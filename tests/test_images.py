@@ -256,3 +256,27 @@ def test_a_path_that_exists_is_that_path_whatever_its_letters(photos, tmp_path):
         assert Images(str(given)).names == names
     with pytest.raises(UserError, match=r"no image; .*\[ \] in it stand for one of the characters between them"):
         Images(f"{folder}/a[0]?.png")
+
+
+@pytest.mark.parametrize("mode, more", [("train", []), ("test", ["n_workers=1"]), ("test", [])])
+def test_labelled_frames_that_cannot_be_read_are_counted_and_five_named(apr, photos, tmp_path, mode, more):
+    names = [path.name for path in sorted(photos.iterdir())]
+    for i in range(7):
+        (photos / f"bad{i}.png").write_bytes((photos / names[0]).read_bytes()[:500])
+    rows = [f"a,{mode},s,photos/{name},{i},2,3,1,0,0,0" for i, name in enumerate([names[0], *(f"bad{i}.png" for i in range(7)), names[1]])]
+    labels = write_labels(tmp_path / "labels.csv", rows)
+    listed = predict(apr, photos)
+    listed[2:6] = [mode, "none", tmp_path, labels]
+    if mode == "train":
+        at = listed.index("--predictions_path")
+        del listed[at:at + 2]
+    status, said = fails_here(*listed, *more)
+    assert status == 2 and f"error: 7 problems: {labels}: row 3: image {photos}/bad0.png cannot be read" in said
+    assert f"{labels}: row 7: image {photos}/bad4.png" in said and "bad5" not in said and said.endswith("and 2 more")
+    for path in photos.glob("bad*"):
+        path.unlink()
+    status, said = fails_here(*listed, *more)
+    assert status == 2 and f"error: {labels}: 7 problems: row 3: image {photos}/bad0.png does not exist; row 4: " in said
+    write_labels(labels, [row.replace(",2,3,", ",two,3,") for row in rows])
+    status, said = fails_here(*listed, *more)
+    assert status == 2 and f"error: {labels}: 9 problems: row 2: t2 'two' is not a finite number; row 3: " in said

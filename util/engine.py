@@ -372,7 +372,7 @@ def evaluate(run, estimate, dataset):
         dataset.cache_frames(run.args.cache_dir)
     batches = frames_of(run, dataset)
     results, singles, errors = [], [], []
-    with progress(total=len(processes.share(range(len(dataset)))), unit="frame") as bar:
+    with dataset.naming_all_unreadable(), progress(total=len(processes.share(range(len(dataset)))), unit="frame") as bar:
         for batch in batches:
             batch = to_device(batch, run.device)
             singles += [{key: value[i:i + 1] for key, value in batch.items()}

@@ -17,4 +17,4 @@ class UserError(Exception):
 
     def __init__(self, message):
         # An exception raised in a data loading worker comes back with the worker's traceback as its text.
-        super().__init__(" ".join(message.rsplit("UserError: ", 1)[-1].split()))
+        super().__init__(" ".join(message.rsplit(f"{type(self).__name__}: ", 1)[-1].split()))

@@ -68,7 +68,8 @@ def compute_latents(run, apr, dataset, n_views=1):
                 **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}}
 
     begin = time.perf_counter()
-    views = [answers(run, frames_of(run, dataset, view), answer, "latents") for view in range(n_views)]
+    with dataset.naming_all_unreadable():
+        views = [answers(run, frames_of(run, dataset, view), answer, "latents") for view in range(n_views)]
     processes.first_alone()
     latents = {key: value.to(run.device) for key, value in concatenate(views).items()}
     synchronize(run.device)
