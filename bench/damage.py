@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 120  # a run that takes longer hangs
+SECONDS = 600  # a run that takes longer hangs
 MARK = "code-ran"
 
 

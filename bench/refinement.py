@@ -94,8 +94,8 @@ def predict(folder, model, preset, settings, seed, dataset, training, test, trai
 
     config = load_config("config.json", model, ("pose_encoder", "refiner"), preset, settings)
     names = scene_names_of(model, config, apr_path)
-    frames = CameraPoseDataset(dataset, test, scene_names=names)
     apr = load_apr(model, "none", config, apr_path).to(device)
+    frames = CameraPoseDataset(dataset, test, scene_names=names, origin=apr.origin)
     encoder = build_pose_encoder(model, config, pae_path).to(device)
     refiner = PoseRefiner(config["hidden_dim"]).to(device)
     fill(refiner_path, refiner, read_checkpoint(refiner_path, "refiner", config))

@@ -1,8 +1,9 @@
 """The benchmarks run and write what they print."""
+import importlib
 import json
 
 import pytest
-from conftest import ROOT, run_here, run_module_here, run_well, write_labels, write_scene
+from conftest import ROOT, run_here, run_module_here, write_labels, write_scene
 
 from bench import refinement
 
@@ -12,11 +13,13 @@ from bench import refinement
      {"Models": 2, "Compared": 1}),
     ("pae", ["--times", "1", "2"], {"PAE and refiner of PoseNet MobileNetV2": 4}),
 ])
-def test_a_benchmark_prints_its_tables_and_writes_them(tmp_path, name, arguments, rows):
+def test_a_benchmark_prints_its_tables_and_writes_them(tmp_path, monkeypatch, name, arguments, rows):
+    monkeypatch.chdir(ROOT)
     if name == "pae":
         labels = write_labels(tmp_path / "labels.csv", write_scene(tmp_path, "attic", 6, "train"))
         arguments = [*arguments, "--dataset_path", tmp_path, "--labels_file", labels]
-    output = run_well("-m", f"bench.{name}", *arguments, "--json", tmp_path / "result.json", cwd=ROOT)
+    status, output, errors = run_module_here(importlib.import_module(f"bench.{name}"), *arguments, "--json", tmp_path / "result.json")
+    assert status == 0, errors
     result = json.loads((tmp_path / "result.json").read_text())
     assert {title: len(table) for title, table in result.items() if title != "machine"} == rows
     for title in rows:
