@@ -1,4 +1,6 @@
 """Train or test an absolute pose regressor (APR), or predict the poses of one's own images."""
+import logging
+
 from models import APR_NAMES, SINGLE_SCENE_APRS
 from util import cli
 
@@ -47,6 +49,8 @@ def main():
         if args.checkpoint_path is None:
             set_origin(apr, far_origin(dataset.truth[:, :3].numpy()))
         dataset.move_to(apr.origin)
+        if apr.origin is not None:
+            logging.info("Positions are taken relative to (%s), which the weights keep", ", ".join(f"{x:.3f}" for x in apr.origin.tolist()))
         if multi_scene:
             dataset.require_scenes(config["num_scenes"], order_known=names is not None or args.checkpoint_path is None)
         log_summary(args.labels_file, dataset.labels)
@@ -98,7 +102,8 @@ def main():
             raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
     else:
         apr.eval()
-        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names, origin=apr.origin)
+        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
+        dataset.move_to(apr.origin)
         results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
         report(run, args.checkpoint_path, dataset, results, names)
 

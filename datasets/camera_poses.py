@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from datasets.image_cache import cache_in_file, cache_in_memory, free_memory, read_frame
 from datasets.images import HEIF_ADVICE, HEIF_EXTENSIONS, IMAGE_EXTENSIONS, UnreadableImage, path_is, read_header
-from datasets.labels import natural, poses_of, read_labels, scene_indices
+from datasets.labels import far_origin, natural, poses_of, read_labels, scene_indices
 from util import processes
 from util.errors import UserError, first_five
 from util.progress import progress
@@ -60,14 +60,12 @@ class _Frames(Dataset):
         self.paths, self.upright = paths, upright
         self.cache = None
 
-    def log_orientations(self):
-        """Log how many images have an EXIF orientation, and what is done about it: nothing where none has."""
+    def log_orientations(self, done):
+        """Log how many images have an EXIF orientation, and what is done about it, in words: nothing where none has."""
         with ThreadPoolExecutor(n_cores()) as pool:
             turned = sum(orientation > 1 for *_, orientation in pool.map(read_header, self.paths))
         if turned:
-            logging.info("EXIF orientation: %d of %d images have one, and %s", turned, len(self.paths),
-                         "are turned upright (--as_stored leaves them as stored)" if self.upright
-                         else "are taken as stored, as their labels are")
+            logging.info("EXIF orientation: %d of %d images have one, and are %s", turned, len(self.paths), done)
 
     def cache_frames(self, cache_dir=None, memory_gb=None):
         """Decode every frame once, now: into a file of `cache_dir`, or without one into memory, at most `memory_gb` GB (by
@@ -136,7 +134,7 @@ class Images(_Frames):
         self.names = sorted((os.path.relpath(path, root) for path in found), key=natural)
         super().__init__([os.path.join(root, name) for name in self.names], upright=not as_stored)
         self.transform = test_transform()
-        self.log_orientations()
+        self.log_orientations("left as stored (--as_stored)" if as_stored else "turned upright (--as_stored leaves them as stored)")
 
     def __len__(self):
         return len(self.paths)
@@ -167,10 +165,12 @@ class Images(_Frames):
 def _find_images(images):
     """The image files that a folder, a file or a pattern stands for, and in words what else a folder holds."""
     if os.path.isdir(images):
-        files = [path for path in glob.glob(os.path.join(glob.escape(images), "**", "*"), recursive=True) if os.path.isfile(path)]
-        others = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files if not path_is(path, IMAGE_EXTENSIONS))
+        files = glob.glob(os.path.join(glob.escape(images), "**", "*"), recursive=True, include_hidden=True)
+        kinds = {path: _kind(os.path.relpath(path, images), path) for path in files if not os.path.isdir(path)}
+        others = Counter(kind for kind in kinds.values() if kind)
         left_out = ", ".join(f"{n} {kind}{HEIF_ADVICE * (kind in HEIF_EXTENSIONS)}" for kind, n in sorted(others.items()))
-        return [path for path in files if path_is(path, IMAGE_EXTENSIONS)], left_out and f"{left_out}: no images that can be read here"
+        return [path for path, kind in kinds.items() if not kind], left_out and (
+            f"{left_out}; a folder is searched for {' '.join(IMAGE_EXTENSIONS)}")
     if os.path.isfile(images):
         return [images], ""
     # Folders that exist are those folders, whatever characters they have.
@@ -179,6 +179,15 @@ def _find_images(images):
         folder = os.path.dirname(folder)
     pattern = glob.escape(folder) + images[len(folder):] if folder else images
     return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)], ""
+
+
+def _kind(name, path):
+    """What a file in a folder of images is, in words, unless it is an image of IMAGE_EXTENSIONS. name: its path below the folder."""
+    if any(part.startswith(".") for part in name.split(os.sep)):
+        return "hidden"
+    if not os.path.isfile(path):
+        return "broken link" if os.path.islink(path) else "no file"
+    return "" if path_is(path, IMAGE_EXTENSIONS) else os.path.splitext(path)[1].lower() or "no extension"
 
 
 class CameraPoseDataset(_Frames):
@@ -208,7 +217,9 @@ class CameraPoseDataset(_Frames):
             raise UserError(f"{labels_file}: {first_five(missing)}")
         self.rows = self.labels["row"].to_numpy()
         self.truth = torch.tensor(poses_of(self.labels))
-        self.move_to(origin)
+        self.origin, self.poses = torch.zeros(3, dtype=torch.double), self.truth.float()
+        if origin is not None:
+            self.move_to(origin)
         self.scene_names = list(scene_names) if scene_names else sorted(set(self.labels["scene"]))
         self.scenes = scene_indices(self.labels, self.scene_names)
         self.transform = data_transform or test_transform()
@@ -221,12 +232,19 @@ class CameraPoseDataset(_Frames):
             self.size = frames.max() * len(present)
             lacking = frames.max() - frames
             self.scene_probabilities = lacking / max(lacking.sum(), 1)
-        self.log_orientations()
+        self.log_orientations("taken as stored, as their labels are")
 
     def move_to(self, origin):
-        """Give positions relative to an origin from now on: 3 numbers (float64), or None for the labels' own."""
+        """Give positions relative to an APR's origin from now on: 3 numbers (float64), or None for the labels' own. Warns where
+        it is far from them."""
         self.origin = torch.zeros(3, dtype=torch.double) if origin is None else origin.cpu()
-        self.poses = torch.cat((self.truth[:, :3] - self.origin, self.truth[:, 3:]), dim=1).float()
+        positions = self.truth[:, :3] - self.origin
+        self.poses = torch.cat((positions, self.truth[:, 3:]), dim=1).float()
+        centre = far_origin(positions.numpy())
+        if centre is not None:
+            logging.warning("%s: the positions are about %.3g from the origin of these weights, which know another place, or keep no "
+                            "origin (here float32 has steps of %.2g)", self.labels_file, np.linalg.norm(centre),
+                            np.spacing(np.abs(centre).max().astype(np.float32)))
 
     def require_scenes(self, num_scenes, order_known):
         """Raise UserError unless every frame has a scene index of a model of `num_scenes` scenes.

@@ -61,15 +61,16 @@ def read_header(path):
     """(height, width, EXIF orientation: 1 to 8, 1 for none) of an image as stored, without decoding it; (0, 0, 1) for a file
     that cannot be read, which is reported when it is decoded."""
     try:
-        if path_is(path, _TIFF):
+        if _is_tiff(path):
             with tifffile.TiffFile(path) as file:
                 page = file.pages[0]
                 tag = page.tags.get(ExifTags.Base.Orientation)
                 return page.imagelength, page.imagewidth, _known(tag.value if tag else 1)
         with Image.open(path) as image:
-            if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels to look for it behind them
-                exif = Image.Exif()
-                exif.load(_exif_of_png(path))
+            if image.format == "PNG":  # of which Pillow would decode the pixels, to look for it behind them
+                exif = Image.Image.getexif(image)
+                if not exif:
+                    exif.load(_exif_of_png(path))
             else:
                 exif = image.getexif()
             return image.height, image.width, _known(exif.get(ExifTags.Base.Orientation, 1))
@@ -81,6 +82,11 @@ def _known(orientation):
     return int(orientation) if orientation in _UPRIGHT else 1
 
 
+def _is_tiff(path):
+    with open(path, "rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
 def path_is(path, extensions):
     """Whether a path has one of the extensions, in letters of any size."""
     return os.path.splitext(path)[1].lower() in extensions
@@ -88,7 +94,9 @@ def path_is(path, extensions):
 
 def _pixels(path):
     """An image's numbers: H x W or H x W x channels."""
-    if path_is(path, _TIFF):
+    if _is_tiff(path):
+        if not path_is(path, _TIFF):  # scikit-image goes by the name, and Pillow by the content
+            return _pillow_pixels(path)
         try:
             pixels = skimage.io.imread(path)
         except ValueError:  # a compression that tifffile lacks
@@ -101,7 +109,7 @@ def _pixels(path):
     with Image.open(path) as image:
         stored = image.mode in _STORED and image.format not in ("HEIF", "AVIF", "GIF") and getattr(image, "n_frames", 1) == 1
         has_16_bits = image.format == "PPM" and image.mode == "I"  # of which Pillow makes 32, scaled to 65535
-    pixels = skimage.io.imread(path) if stored else _pillow_pixels(path)
+    pixels = skimage.io.imread(path) if stored and not path_is(path, _TIFF) else _pillow_pixels(path)
     return pixels.astype(np.uint16) if has_16_bits else pixels
 
 
@@ -127,10 +135,11 @@ def _eight_bits(path, pixels):
         return skimage.util.img_as_ubyte(pixels)
     # Floats and long whole numbers: their values say what white is.
     low, high = (float(value) for value in (pixels.min(), pixels.max()))
-    if not 0 <= low <= high <= 65535:
+    white = next((white for white in (1, 255, 65535) if high <= white), 0)
+    # A picture whose largest number is far below white is rarer than one of another range, such as 1.2 or 12 bits.
+    if not 0 <= low <= high <= white or (white > 1 and high < white / 16):
         raise UnreadableImage(f"image {path} cannot be read ({pixels.dtype} numbers from {low:.6g} to {high:.6g}, of which none says "
                               "what white is); save it with 8 or 16 bits, or with numbers from 0 to 1, 255 or 65535")
-    white = next(white for white in (1, 255, 65535) if high <= white)
     return skimage.util.img_as_ubyte(pixels / np.float64(white))
 
 

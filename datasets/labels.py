@@ -105,8 +105,7 @@ def summarize(table, problems):
     the origin is far from the frames."""
     counts = [f"{kind}: {n}" for kind, n in Counter(kind for _, kind, _ in problems).items()]
     origin = None if table.empty else far_origin(poses_of(table)[:, :3])
-    far = [] if origin is None else ["positions far from the origin (a training takes them relative to "
-                                     f"({', '.join(f'{x:.3f}' for x in origin)}), which its weights keep)"]
+    far = [] if origin is None else [f"positions far from the origin, around ({', '.join(f'{x:.3f}' for x in origin)})"]
     return ", ".join([f"{len(table)} frames", *(counts or ["nothing suspicious"][len(far):]), *far])
 
 
@@ -166,18 +165,20 @@ def _parse(path, columns=COLUMNS):
     """A label file's table as read_labels gives it, without its unreadable rows, and those: a list of (row, problem)."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.reader(file))
+            lines = list(csv.reader(file, skipinitialspace=True, strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable label file: {getattr(error, 'strerror', None) or error}") from error
     if not lines:
         raise UserError(f"{path}: not a readable label file: it is empty; its first row must be {','.join(columns)}")
     header, *lines = ([cell.strip() for cell in line] for line in lines)
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(columns)}")
     twice = [column for column, n in Counter(header).items() if column and n > 1]
     if twice:
         raise UserError(f"{path}: column '{twice[0]}' is there twice")
+    missing = [column for column in columns if column not in header]
+    if missing:
+        others = [name for name, separator in (("semicolons", ";"), ("tabs", "\t")) if len(header) == 1 and separator in header[0]]
+        raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(columns)}"
+                        + (f", separated by commas, not by {others[0]}" if others else ""))
 
     places = {column: header.index(column) for column in columns}
     rows, unreadable = [], []
@@ -214,6 +215,8 @@ def _parse_frame(cells):
             return None, f"{column} '{cell}' is not a finite number"
     if max(map(abs, pose[3:])) < 1e-30:
         return None, "q1, q2, q3 and q4 are 0: no orientation"
+    if any("\0" in cell for cell in cells.values()):
+        return None, "has a byte of zero in it; the file is damaged"
     path = cells["img_path"]
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         return None, f"img_path '{path}' leaves the dataset's folder"

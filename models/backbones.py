@@ -12,7 +12,7 @@ from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import Conv2dStaticSamePadding, url_map
 from torch import nn
 
-from models.checkpoints import check_finite, read_module_tensors
+from models.checkpoints import check_numbers, read_module_tensors
 from util.errors import UserError
 
 # type: feature channels
@@ -136,5 +136,5 @@ def _fill(network, tensors, backbone_type, source):
         problem = (f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}" if unexpected else
                    f"has {tuple(tensors[misshapen[0]].shape)} for {misshapen[0]}, not {tuple(own[misshapen[0]].shape)}")
         raise UserError(f"{source}: not the weights of a {backbone_type} backbone: it {problem}")
-    check_finite(source, tensors)
+    check_numbers(source, tensors, own)
     network.load_state_dict(tensors, strict=False)

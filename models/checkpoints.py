@@ -262,7 +262,7 @@ def read_checkpoint(path, kind, config):
     weights = read_weights(path)
     found = describe(weights)
     if found.get("kind") != kind:
-        holds = f"a checkpoint of {found['kind']}" if found else "weights of no model known here"
+        holds = f"a checkpoint of {found['kind']}" if found else f"weights of no model known here (such as {next(iter(weights))})"
         raise UserError(f"{path}: {holds}, but one of {kind} is needed")
     for key, value in found.items():
         if key not in ("kind", "octaves") and not key.endswith("_layers") and key in config and config[key] != value:
@@ -270,16 +270,22 @@ def read_checkpoint(path, kind, config):
     return weights
 
 
-def check_finite(path, weights):
-    """Raise UserError, naming the tensor, unless all tensors of a state dict are finite."""
+def check_numbers(path, weights, own):
+    """Raise UserError, naming the tensor, unless the tensors of a state dict are finite numbers of the kind that a module's own
+    are."""
     for key, tensor in weights.items():
+        kind = f"{tensor.dtype}".removeprefix("torch.")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise UserError(f"{path}: {key} is {'quantized' if tensor.is_quantized else 'sparse'} ({kind}); save it as a plain tensor")
+        if key in own and own[key].is_floating_point() and not tensor.is_floating_point():
+            raise UserError(f"{path}: {key} has numbers of the kind {kind}, but a network's weights are floats")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path}: {key} is not finite: the training that wrote it has failed")
 
 
 def fill(path, module, weights):
     """Load a state dict into a module, every tensor of it. Raises UserError where they differ, or one is not finite."""
-    check_finite(path, weights)
+    check_numbers(path, weights, module.state_dict())
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:

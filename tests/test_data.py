@@ -124,12 +124,25 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
 
 def test_cells_are_stripped_and_columns_without_a_name_ignored(tmp_path):
     header = "scene, split,seq ,img_path,,t1,t2,t3,q1,q2,q3,q4,,"
-    rows = ["a,train,s,a/1.png,x,1,2,3,1,0,0,0,,", " a , train,\ts, a/2.png,y, 1 ,2\u00a0,3,1,0,0,0,z,,,", "a ,train,s,a/3.png,,1,2,3,1,0,0,0"]
+    rows = ["a,train,s,a/1.png,x,1,2,3,1,0,0,0,,", " a , train,\ts, \"a/2.png\",y, 1 ,2\u00a0,3,1,0,0,0,z,,,", "a ,train,s,a/3.png,,1,2,3,1,0,0,0"]
     (tmp_path / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
     table = read_labels(tmp_path / "labels.csv")
     assert table["scene"].tolist() == ["a"] * 3 and table["split"].tolist() == ["train"] * 3 and table["seq"].tolist() == ["s"] * 3
     assert table["img_path"].tolist() == ["a/1.png", "a/2.png", "a/3.png"]
     assert table.loc[:, "t1":"q4"].to_numpy().tolist() == [[1, 2, 3, 1, 0, 0, 0]] * 3
+
+
+@pytest.mark.parametrize("content, problem", [
+    ("scene;split;seq;img_path;t1;t2;t3;q1;q2;q3;q4\na;train;s;a/1.png;1;2;3;1;0;0;0\n", "separated by commas, not by semicolons"),
+    ("scene\tsplit\tseq\timg_path\tt1\tt2\n", "separated by commas, not by tabs"),
+    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q3\n" + ROW, "column 'q3' is there twice"),
+    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + ROW.replace("a/1", '"a/1') + "\n" + ROW, "not a readable label file: unexpected end"),
+    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + ROW.replace("train", "tr\0in"), "row 2: has a byte of zero in it"),
+])
+def test_a_table_of_another_kind_is_named(tmp_path, content, problem):
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(UserError, match=f"labels.csv: .*{problem}"):
+        read_labels(tmp_path / "labels.csv")
 
 
 @pytest.mark.parametrize("rows, problem", [

@@ -9,6 +9,7 @@ import tifffile
 import torch
 from conftest import ROOT, fails_here, run_here, write_labels, write_scene
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from datasets import camera_poses, images
 from datasets.camera_poses import CameraPoseDataset, Images
@@ -86,6 +87,7 @@ def test_numbers_of_any_range_are_scaled_to_8_bits(tmp_path, numbers, colour):
 
 @pytest.mark.parametrize("numbers, words", [
     (GREY.astype(np.float32) - 1, "float32 numbers from -1 to 254"), (GREY * np.float32(1e6), "numbers from 0 to 2.55e+08"),
+    (GREY * np.float32(1.0005 / 255), "numbers from 0 to 1.0005"), (GREY * np.float32(4), "numbers from 0 to 1020"),
     (np.where(GREY == 7, np.nan, GREY).astype(np.float32), "numbers from nan to nan"), (GREY.astype(np.int32) - 128, "int32 numbers from -128"),
 ])
 def test_numbers_whose_range_does_not_say_what_white_is_are_refused(tmp_path, numbers, words):
@@ -136,6 +138,22 @@ def test_phones_formats_are_read_and_turned(tmp_path, pixels, extension):
         assert np.abs(np.asarray(read_image(path)).astype(int) - stored).max() <= 8
         assert read_header(path)[:2] == stored.shape[:2]
     assert f".{extension}" in images.IMAGE_EXTENSIONS
+
+
+def test_the_content_of_a_file_tells_what_it_is_not_its_name(tmp_path, pixels):
+    for name, other in (("a.tif", "a.jpg"), ("b.jpg", "b.tif"), ("c.png", "c.tif")):
+        with_orientation(tmp_path / name, pixels, 6)
+        (tmp_path / name).rename(tmp_path / other)
+        assert read_header(tmp_path / other) == (HEIGHT, WIDTH, 6)
+        for upright, expected in ((False, pixels), (True, SHOWN[6](pixels))):
+            assert np.abs(np.asarray(read_image(tmp_path / other, upright)).astype(int) - expected).max() <= 4, other
+
+
+def test_an_orientation_in_the_xmp_of_a_png_is_found(tmp_path, pixels):
+    xmp = PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<rdf:Description tiff:Orientation="6"/>')
+    Image.fromarray(pixels).save(tmp_path / "photo.png", pnginfo=xmp)
+    assert read_header(tmp_path / "photo.png") == (HEIGHT, WIDTH, 6)
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +235,11 @@ def test_predict_counts_what_it_leaves_out(apr, photos, monkeypatch):
     monkeypatch.setattr(camera_poses, "IMAGE_EXTENSIONS", (".png",))
     monkeypatch.setattr(camera_poses, "HEIF_ADVICE", " (pip install pillow-heif reads them)")  # as where it is not installed
     output = run_here(*predict(apr, photos))
-    assert (f"Left out of {photos}: 1 .heic (pip install pillow-heif reads them), 2 .mov, 1 no extension: no images that can be read "
-            "here\n") in output
+    (photos / ".hidden.png").touch()
+    (photos / "gone.png").symlink_to(photos / "nowhere.png")
+    output = run_here(*predict(apr, photos))
+    assert (f"Left out of {photos}: 1 .heic (pip install pillow-heif reads them), 2 .mov, 1 broken link, 1 hidden, 1 no extension; a folder "
+            "is searched for .png\n") in output
     assert len(poses(apr)) == 3
     for path in photos.glob("*.png"):
         path.unlink()

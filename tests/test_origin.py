@@ -60,7 +60,8 @@ def test_a_shift_changes_no_result_of_training_testing_and_refining(layout):
         results[name] = [printed, tested, encoded, refined, *solved]
         weights = torch.load(apr)
         assert weights["origin"].dtype == torch.float64 and weights["x_reg.bias"].abs().max() < 10
-        assert ", positions far from the origin (a training takes them relative to (" in printed
+        assert ", positions far from the origin, around (" in printed and "\nPositions are taken relative to (" in printed
+        assert "know another place" not in "".join(output for output, _ in results[name][1:])
         listed = ["main.py", "posenet", "predict", "none", layout / "attic/seq-test", "-", ROOT / "config.json", "--checkpoint_path", apr,
                   "--predictions_path", layout / "poses.csv", "--output_dir", layout / "out", *SETTINGS]
         run_here(*listed)
@@ -85,23 +86,25 @@ def test_weights_near_the_origin_have_none_and_errors_are_those_of_the_labels_di
     torch.save({**weights, "origin": torch.tensor(SHIFTS["ecef"], dtype=torch.double)}, layout / "moved.pth")
     output, table = run(layout, "ecef", weights=["--checkpoint_path", layout / "moved.pth"])
     np.testing.assert_allclose(table["position_error_m"], expected["position_error_m"], atol=1e-6)
-    assert "keeps none" not in output
+    assert "know another place" not in output
     # As the published code would have it: in a bias, whose steps the log tells.
     torch.save({**weights, "x_reg.bias": weights["x_reg.bias"] + torch.tensor(SHIFTS["ecef"])}, layout / "biased.pth")
     output, table = run(layout, "ecef", weights=["--checkpoint_path", layout / "biased.pth"])
     errors = np.linalg.norm(table[POSITION].to_numpy() - pd.read_csv(layout / "ecef_test.csv")[POSITION].to_numpy(), axis=1)
     np.testing.assert_allclose(table["position_error_m"], errors, atol=1e-6)
-    assert "biased.pth keeps none to take them relative to: here float32 has steps of 0.5\n" in output
+    said = "from the origin of these weights, which know another place, or keep no origin (here float32 has steps of 0.5)\n"
+    assert f"{layout}/ecef_test.csv: the positions are about 6.37e+06 {said}" in output
     # A training that begins with weights takes their origin, or none.
     output, _ = run(layout, "utm", mode="train", more=["--checkpoint_path", layout / "moved.pth"])
     assert torch.equal(torch.load(weights_of(output))["origin"], torch.tensor(SHIFTS["ecef"], dtype=torch.double))
+    assert f"{layout}/utm_train.csv: the positions are about 7." in output and "which know another place" in output
     output, _ = run(layout, "metres", mode="train", more=["--checkpoint_path", apr])
     assert "origin" not in torch.load(weights_of(output))
 
 
 def test_labels_far_from_the_origin_are_named_by_check(layout):
     status, output, _ = run_module_here(labels, "check", layout / "utm_test.csv", "--dataset_path", layout)
-    assert output.endswith("weights keep)\n") and "8 frames, image listed twice: 3, positions far from the origin (a training takes" in output
+    assert "8 frames, image listed twice: 3, positions far from the origin, around (552701." in output
     assert "far from the origin" not in run_module_here(labels, "check", layout / "here_test.csv")[1]
 
 

@@ -98,6 +98,8 @@ def test_a_visloc_name_is_the_end_of_a_path(tmp_path, more, names):
     (["--name_parts", 3], ["day/nexus/1.jpg", "night/nexus/1.jpg"], None),
     (["--name_parts", 9], ["a/1.jpg", "a/1.jpg"],
      "rows 2 and 3: both images have the name 'a/1.jpg', and visloc has one line per name; delete one of the rows"),
+    ([], ["a/./1.jpg", "a/1.jpg"],
+     "rows 2 and 3: both images have the name '1.jpg', and visloc has one line per name; delete one of the rows"),
     ([], ["day 1/nexus/1.jpg"], None),
     (["--name_parts", 3], ["a/day 1/nexus/1.jpg"],
      "row 2: img_path 'a/day 1/nexus/1.jpg' has a space in its name 'day 1/nexus/1.jpg', which visloc has between "

@@ -116,6 +116,7 @@ def test_what_would_change_the_result_is_refused_unless_it_is_asked_for(layout, 
     said = refused("--preset", "7Scenes")
     assert "s_x was -3.0 and is 0.0 now, s_q was -6.5 and is -3.0 now; give" in said and "name each with --set" in said
     assert "the seed was 0 and is 5 now" in refused("--seed", "5")
+    assert "this training began without --checkpoint_path" in refused("--checkpoint_path", layout / "apr.pth")
     labels = (layout / "train.csv").read_text()
     try:
         (layout / "train.csv").write_text(labels.replace("seq-train,attic", "seq-other,attic", 1))

@@ -184,6 +184,17 @@ def test_a_backbone_that_is_not_finite_is_named_with_its_tensor(tmp_path, backbo
         posenet(backbone_type, tmp_path / "backbone.pth")
 
 
+@pytest.mark.parametrize("spoil, problem", [
+    (lambda tensor: tensor.to_sparse(), "q_reg.weight is sparse"), (lambda tensor: (100 * tensor).int(), "kind int32, but a network's weights are floats"),
+    (lambda tensor: tensor.to(torch.complex64), "kind complex64")])
+def test_numbers_of_other_kinds_are_refused(tmp_path, spoil, problem):
+    weights = posenet("mobilenet").state_dict()
+    weights["q_reg.weight"] = spoil(weights["q_reg.weight"])
+    torch.save(weights, tmp_path / "apr.pth")
+    with pytest.raises(UserError, match=problem):
+        load_apr("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 8}, tmp_path / "apr.pth")
+
+
 def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
     apr = posenet("mobilenet")
     torch.save({f"module.{key}": value for key, value in apr.state_dict().items()}, tmp_path / "apr.pth")

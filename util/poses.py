@@ -10,6 +10,7 @@ visloc names an image by its file's name; --name_parts 2 keeps the folder before
 datasets is the camera's.
 """
 import argparse
+import posixpath
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -57,7 +58,7 @@ def visloc(table, convention, name_parts=1):
                             "has between numbers; rename it")
         j = first.setdefault(name, i)
         if j != i:
-            longer = table["img_path"][j] != path
+            longer = posixpath.normpath(table["img_path"][j]) != posixpath.normpath(path)
             remedy = f"raise --name_parts above {name_parts}" if longer else "delete one of the rows"
             raise UserError(f"rows {table['row'][j]} and {table['row'][i]}: both images have the name '{name}', and "
                             f"visloc has one line per name; {remedy}")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets.labels import POSE_COLUMNS, far_origin, write_labels
+from datasets.labels import POSE_COLUMNS, write_labels
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
@@ -49,9 +49,6 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     leaked: whether reference poses held the answers, which every line of a result then says.
     """
     truth = dataset.truth
-    if not dataset.origin.any() and far_origin(truth[:, :3].numpy()) is not None:
-        logging.warning("The positions are far from the origin, and %s keeps none to take them relative to: here float32 has "
-                        "steps of %.2g", tested, np.spacing(truth[:, :3].abs().median(dim=0).values.max().float().numpy()))
     results = {**results, **{key: to_world(results[key], dataset.origin) for key in ("pose", "apr_pose") if key in results}}
     poses = results["pose"]
     errors, before = [e.numpy() for e in pose_err(poses, truth)], None

@@ -49,7 +49,7 @@ def find(output_dir, name, suffix):
 
 def settings_of(args, config):
     """What determines a training's result, as JSON: the config and the seed, and digests of the files it learns from."""
-    files = {name: _digest(path) for name in ("labels_file", "val_labels_file", "apr_checkpoint_path")
+    files = {name: _digest(path) for name in ("labels_file", "val_labels_file", "checkpoint_path", "apr_checkpoint_path")
              if (path := getattr(args, name, None)) is not None}
     return json.dumps({"model": args.model_name, "seed": args.seed, "config": config, "files": files})
 
