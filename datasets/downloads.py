@@ -211,13 +211,6 @@ def read_lines(path):
         return [line.strip() for line in file]
 
 
-def to_number(text):
-    """The number that a text is. Raises ValueError for what is none, or is one in Python only, such as 1_0."""
-    if not text.isascii() or "_" in text:
-        raise ValueError(f"could not convert string to float: '{text}'")
-    return float(text)
-
-
 @contextmanager
 def reading(path):
     """Turn a failure to read a file or folder at or below `path` into a UserError."""

@@ -66,7 +66,7 @@ def cache_in_memory(paths, read, n_threads, budget):
     return ImageCache(paths, signatures, shapes[:n_kept], np.frombuffer(buffer, np.uint8))
 
 
-def cache_in_file(cache_dir, paths, read, n_threads, kind="as stored"):
+def cache_in_file(cache_dir, paths, read, n_threads, kind):
     """Decode frames into a file of `cache_dir` that is mapped into memory, or take the one that exists; frames whose files
     have changed are decoded again. Several runs can share it. kind: what `read` makes of the frames; each has its own file.
     Raises UserError where it cannot be written."""

@@ -98,14 +98,12 @@ def _pixels(path):
         if not path_is(path, _TIFF):  # scikit-image goes by the name, and Pillow by the content
             return _pillow_pixels(path)
         try:
-            pixels = skimage.io.imread(path)
+            with tifffile.TiffFile(path) as file:
+                as_stored = file.pages[0].photometric.name in ("MINISBLACK", "RGB") and len(file.pages) == 1
+            # Palettes, CMYK, YCbCr, white at 0, and the first of several pages are Pillow's.
+            return skimage.io.imread(path) if as_stored else _pillow_pixels(path)
         except ValueError:  # a compression that tifffile lacks
             return _pillow_pixels(path)
-        with tifffile.TiffFile(path) as file:
-            photometric = file.pages[0].photometric.name
-            several = len(file.pages) > 1
-        # Palettes, CMYK, YCbCr, white at 0, and the first of several pages.
-        return pixels if photometric in ("MINISBLACK", "RGB") and not several else _pillow_pixels(path)
     with Image.open(path) as image:
         stored = image.mode in _STORED and image.format not in ("HEIF", "AVIF", "GIF") and getattr(image, "n_frames", 1) == 1
         has_16_bits = image.format == "PPM" and image.mode == "I"  # of which Pillow makes 32, scaled to 65535

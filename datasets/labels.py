@@ -68,6 +68,13 @@ def scene_indices(table, scene_names):
     return np.array([index.get(name, -1) for name in table["scene"]])
 
 
+def to_number(text):
+    """The number that a text is. Raises ValueError for what is none, or is one in Python only, such as 1_0."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"could not convert string to float: '{text}'")
+    return float(text)
+
+
 def natural(name):
     """A key that sorts names with numbers in them by the numbers: seq2 before seq10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
@@ -106,7 +113,7 @@ def summarize(table, problems):
     counts = [f"{kind}: {n}" for kind, n in Counter(kind for _, kind, _ in problems).items()]
     origin = None if table.empty else far_origin(poses_of(table)[:, :3])
     far = [] if origin is None else [f"positions far from the origin, around ({', '.join(f'{x:.3f}' for x in origin)})"]
-    return ", ".join([f"{len(table)} frames", *(counts or ["nothing suspicious"][len(far):]), *far])
+    return ", ".join([f"{len(table)} frames", *(counts + far or ["nothing suspicious"])])
 
 
 def log_summary(path, table):
@@ -202,13 +209,13 @@ def _parse(path, columns=COLUMNS):
 def _parse_frame(cells):
     """A frame of a row's cells, {column: text}, with numbers for the pose, and what is wrong with it or None."""
     for column in ("scene", "img_path"):
-        if not cells.get(column, "not asked for").strip():
+        if not cells.get(column, "not asked for"):
             return None, f"{column} '{cells[column]}' is empty"
     pose = []
     for column in POSE_COLUMNS:
         cell = cells[column]
         try:
-            pose.append(float(cell if cell.isascii() and "_" not in cell else "nan"))  # Python's own number words aside
+            pose.append(to_number(cell))
         except ValueError:
             pose.append(np.nan)
         if not abs(pose[-1]) < 1e30:

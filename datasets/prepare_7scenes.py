@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from transforms3d.quaternions import mat2quat
 
-from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, to_number, write_label_files
-from datasets.labels import COLUMNS, natural
+from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, write_label_files
+from datasets.labels import COLUMNS, natural, to_number
 from util.errors import UserError, first_five
 
 URL = "http://download.microsoft.com/download/2/8/5/28564B23-0828-408F-8631-23B1EFF1DAC8"

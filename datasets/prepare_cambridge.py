@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, to_number, write_label_files
-from datasets.labels import COLUMNS, natural
+from datasets.downloads import get_scenes, parse_arguments, read_lines, reading, write_label_files
+from datasets.labels import COLUMNS, natural, to_number
 from util.errors import UserError, first_five
 
 URL = "https://www.repository.cam.ac.uk/bitstream/handle/1810"

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from transforms3d.quaternions import mat2quat, quat2mat
 
-from datasets.downloads import reading, to_number, writing
-from datasets.labels import COLUMNS, natural, write_labels
+from datasets.downloads import reading, writing
+from datasets.labels import COLUMNS, natural, to_number, write_labels
 from util.errors import UserError, first_five
 
 DEFAULT_EVERY = 8
