@@ -2,34 +2,38 @@
 
     python demo.py [--multiscene]
 
-Runs the commands of the README one after the other, each printed as it would be typed, and ends with a table and the names of pictures.
+Runs the commands of the README one after the other and prints each as a user would type it. Ends with a table and the
+names of pictures.
 """
 import argparse
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 
+from datasets.official import SEVEN_SCENES
+from engine.scripts import pae_script, run_script
 from util import cli
 
 POSENET = ["--preset", "7Scenes", "--set", "backbone_type=mobilenet"]
 MS_TRANSFORMER = ["--set", "num_scenes=2", "hidden_dim=64", "nhead=4", "dim_feedforward=128", "num_t_encoder_layers=2",
                   "num_t_decoder_layers=1", "num_rot_encoder_layers=2", "num_rot_decoder_layers=1",
                   'reduction=["reduction_4", "reduction_4"]']
-# A few minutes on two cores instead of hours: fewer epochs.
+# Fewer epochs than published: a few minutes on two cores instead of hours.
 TRAINING = {
     "posenet": ["n_epochs=10", "lr_scheduler_step_size=4", "n_workers=1"],
     "ems-transposenet": ["no_augment=true", "batch_size=16", "n_epochs=12", "lr_scheduler_step_size=4",
                          "lr_scheduler_gamma=0.5", "lr=1e-3", "s_x=-2", "s_q=-4", "n_workers=0"],
 }
-AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3", "lr_scheduler_step_size=30", "lr_scheduler_gamma=0.5"]  # of the PAE
+# Of the PAE.
+AUXILIARY = ["batch_size=32", "n_epochs=100", "lr=1e-3", "lr_scheduler_step_size=30", "lr_scheduler_gamma=0.5"]
 
 
 def main():
+    """Run the demo that the command line asks for."""
     parser = argparse.ArgumentParser(description="Render rooms, train, test and refine on them, and show the errors.")
-    parser.add_argument("--multiscene", action="store_true", help="a small MS-Transformer on two rooms (default: PoseNet on one)")
+    parser.add_argument("--multiscene", action="store_true",
+                        help="a small MS-Transformer on two rooms (default: PoseNet on one)")
     model, rooms = ("ems-transposenet", 2) if parser.parse_args().multiscene else ("posenet", 1)
     names = [f"room-{i + 1}" for i in range(rooms)]
     settings = POSENET if rooms == 1 else MS_TRANSFORMER
@@ -43,43 +47,44 @@ def main():
 
     run("-m", "datasets.synthetic_scenes", data, "--scenes", *["room"] * rooms, "--frames", str(120 // rooms))
     run("-m", "datasets.prepare_7scenes", data, "--labels_path", labels)
-    training_labels = f"{labels}/7scenes_all_scenes.csv"
+    training_labels = f"{labels}/{SEVEN_SCENES.all_scenes_file}"
+    test_labels = {name: f"{labels}/{SEVEN_SCENES.label_file(name, 'test')}" for name in names}
 
     def train(script, *arguments, more=()):
-        lines = run(script, model, "train", "none", data, training_labels, "config.json", *arguments, "--output_dir", out,
-                    *settings, *more)
+        lines = run(script, model, "train", "none", data, training_labels, "config.json", *arguments, "--output_dir",
+                    out, *settings, *more)
         return lines[-1].removeprefix("Weights: "), lines[-2].removeprefix("Picture: ")
 
     def test(script, name, *weights, mode="test"):
-        return [run(script, model, mode, "none", data, f"{labels}/abs_7scenes_pose.csv_{room}_test.csv", "config.json", *weights,
-                    "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)[-1].removeprefix("Pictures: ") for room in names]
+        pictures = []
+        for room in names:
+            lines = run(script, model, mode, "none", data, test_labels[room], "config.json", *weights,
+                        "--predictions_path", f"{out}/{name}_{room}.csv", "--output_dir", out, *settings)
+            pictures.append(lines[-1].removeprefix("Pictures: "))
+        return pictures
 
-    pae_script = "main_learn_pose_encoding.py" if rooms == 1 else "main_learn_multiscene_pose_encoding.py"
     # The first room's test walk shows how the training goes; the weights that are tested do not depend on it.
-    validation = ["--val_labels_file", f"{labels}/abs_7scenes_pose.csv_{names[0]}_test.csv"]
-    apr, picture = train("main.py", *validation, more=TRAINING[model])
+    apr, picture = train("main.py", "--val_labels_file", test_labels[names[0]], more=TRAINING[model])
     test("main.py", "apr", "--checkpoint_path", apr)
-    pae, _ = train(pae_script, apr, more=AUXILIARY)
-    test(pae_script, "pae", apr, "--encoder_checkpoint_path", pae)
+    pae, _ = train(pae_script(model), apr, more=AUXILIARY)
+    test(pae_script(model), "pae", apr, "--encoder_checkpoint_path", pae)
     of_tests = test("main_refine_apr.py", "refined", apr, pae, "--ref_poses_file", training_labels, mode="optimize")
 
-    show(out, training_labels, {room: f"{labels}/abs_7scenes_pose.csv_{room}_test.csv" for room in names})
-    print("\nPictures of the APR's training and of the refined poses:", picture, *", ".join(of_tests).split(", "), sep="\n")
+    show(out, training_labels, test_labels)
+    pictures = [picture, *", ".join(of_tests).split(", ")]
+    print("\nPictures of the APR's training and of the refined poses:", *pictures, sep="\n")
     print(f"{(time.monotonic() - begin) / 60:.1f} minutes in all")
 
 
 def run(*command):
-    """Run a script, showing the command and what it prints but for the lines of frames, batches and settings. Returns those lines."""
+    """Run a script and show the command. Show and return its lines, without those of frames, batches and settings."""
+    def show_line(line):
+        if not line.startswith(hidden):
+            print(line, end="", flush=True)
+
+    hidden = ("Command:", "Running with", "\t", "[Batch-", "Pose error:")
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
-        lines = []
-        for line in process.stdout:
-            if not line.startswith(("Command:", "Running with", "\t", "[Batch-", "Pose error:")):
-                print(line, end="", flush=True)
-                lines.append(line.strip())
-    if process.returncode:
-        sys.exit(process.returncode)
-    return lines
+    return [line for line in run_script(*command, on_line=show_line) if not line.startswith(hidden)]
 
 
 def show(out, training_labels, test_labels):
@@ -88,8 +93,8 @@ def show(out, training_labels, test_labels):
     import torch
 
     from datasets.labels import poses_of, read_labels
+    from models.refinement import pose_distances
     from util.metrics import pose_err
-    from util.references import pose_distances
     from util.rotations import mean_quaternion
 
     training = read_labels(training_labels)

@@ -1,119 +1,170 @@
 """Train or test an absolute pose regressor (APR), or predict the poses of one's own images."""
 import logging
 
+from engine.run import about, parser, run_main, start
 from models import APR_NAMES, SINGLE_SCENE_APRS
-from util import cli
 
 
 def main():
-    parser = cli.parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
-    parser.add_argument("--checkpoint_path", metavar="FILE.pth",
-                        help="the APR's weights: to start from in training, else required (default: none in training)")
-    parser.add_argument("--as_stored", action="store_true",
-                        help="in predict: leave images as stored that have an EXIF orientation (default: turn them upright)")
-    args = parser.parse_args()
-    run = cli.start(args)
+    arguments = parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
+    arguments.add_argument("--checkpoint_path", metavar="FILE.pth",
+                           help="the APR's weights: to start from in training, else required (default: none in "
+                                "training)")
+    arguments.add_argument("--as_stored", action="store_true",
+                           help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
+                                "upright)")
+    args = arguments.parse_args()
+    run = start(args)
+    check(args, run.config)
 
+    from engine.report import scene_names_of
+    from models import load_apr
+
+    apr = load_apr(args.model_name, args.backbone_path, run.config, args.checkpoint_path).to(run.device)
+    scene_names = scene_names_of(args.model_name, run.config, args.checkpoint_path)
+    {"train": train, "test": test, "predict": predict}[args.mode](run, args, apr, scene_names)
+
+
+def train(run, args, apr, scene_names):
+    """Train an APR on the frames of a label file."""
     import torch
     import torch.nn.functional as F
 
-    from datasets.camera_poses import CameraPoseDataset, Images, test_transform, train_batches, train_transform
-    from datasets.labels import far_origin, log_summary
-    from models import load_apr, set_origin
-    from util import engine
-    from util.errors import UserError, first_five
-    from util.latents import infer
+    from datasets.loaders import train_batches
+    from engine import training
     from util.losses import CameraPoseLoss
-    from util.report import report, report_images, scene_names_of
 
     config = run.config
     multi_scene = args.model_name not in SINGLE_SCENE_APRS
-    freeze = config.get("freeze", False)
+    dataset = training_dataset(run, args, apr, scene_names)
+    if config["freeze"]:
+        freeze_all_but(apr, config["freeze_exclude_phrase"])
+    pose_loss = CameraPoseLoss(config).to(run.device)
+
+    def step(batch):
+        if config["freeze"]:
+            # As published: the transformers run in eval mode without gradient, and only heads can learn.
+            apr.eval()
+            with torch.no_grad():
+                latents = apr.forward_transformers(batch)
+            apr.train()
+            result = apr.forward_heads(latents)
+        else:
+            result = apr(batch)
+        loss = pose_loss(result["pose"], batch["pose"])
+        if multi_scene:
+            loss = loss + F.nll_loss(result["scene_log_distr"], batch["scene"])
+        return loss, result["pose"]
+
+    batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
+    training.train(run, apr, pose_loss, batches, step, about(run, args.model_name, dataset.scene_names),
+                   validate=validation(run, args, apr, scene_names or dataset.scene_names))
+
+
+def training_dataset(run, args, apr, scene_names):
+    """The frames to train on, decoded once. The APR gets an origin where positions are far from the labels' own."""
+    from datasets.camera_poses import CameraPoseDataset
+    from datasets.labels import far_origin, log_summary
+    from datasets.transforms import test_transform, train_transform
+    from models import set_origin
+
+    config = run.config
+    transform = test_transform() if config["no_augment"] else train_transform()
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, transform, config["equalize_scenes"], scene_names,
+                                run.seed)
+    if args.checkpoint_path is None:
+        set_origin(apr, far_origin(dataset.truth[:, :3].numpy()))
+    dataset.move_to(apr.origin)
+    if apr.origin is not None:
+        logging.info("Positions are taken relative to (%s), which the weights "
+                     "keep", ", ".join(f"{x:.3f}" for x in apr.origin.tolist()))
+    if args.model_name not in SINGLE_SCENE_APRS:
+        order_known = scene_names is not None or args.checkpoint_path is None
+        dataset.require_scenes(config["num_scenes"], order_known)
+    log_summary(args.labels_file, dataset.labels)
+    dataset.cache_frames(args.cache_dir, config["cache_memory_gb"])
+    return dataset
+
+
+def validation(run, args, apr, scene_names):
+    """A function that gives the APR's poses and the true ones of --val_labels_file; None without that option."""
+    if args.val_labels_file is None:
+        return None
+    from datasets.camera_poses import CameraPoseDataset
+    from engine.evaluation import predict, test_loader
+    from models import infer
+
+    dataset = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=scene_names, origin=apr.origin)
+    dataset.cache_frames(args.cache_dir, run.config["cache_memory_gb"])
+    batches = test_loader(run, dataset)
+
+    def validate():
+        poses = predict(run, batches, lambda batch: {"pose": infer(apr, batch["img"])["pose"]}, "validation")
+        return poses["pose"], dataset.poses
+
+    return validate
+
+
+def test(run, args, apr, scene_names):
+    """Test an APR on the frames of a label file."""
+    from datasets.camera_poses import CameraPoseDataset
+    from engine.evaluation import evaluate
+    from engine.report import report
+    from models import infer
+
+    apr.eval()
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names)
+    dataset.move_to(apr.origin)
+    results = evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
+    report(run, args.checkpoint_path, dataset, results, scene_names)
+
+
+def predict(run, args, apr, scene_names):
+    """Predict the poses of images without labels."""
+    from datasets.unlabelled import Images
+    from engine.evaluation import evaluate
+    from engine.report import report_images
+    from models import infer
+    from util.errors import UserError, first_five
+
+    apr.eval()
+    images = Images(args.dataset_path, args.as_stored)
+    results = evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
+    unreadable = [images.problem(i) for i in (~results["readable"]).nonzero().squeeze(1).tolist()]
+    if len(unreadable) == len(images):
+        raise UserError(first_five(unreadable))
+    report_images(run, images.names, results, scene_names, apr.origin)
+    if unreadable:
+        raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
+
+
+def check(args, config):
+    """Raise UserError for arguments that do not fit together."""
+    from util.errors import UserError
+
     if args.mode != "train" and args.checkpoint_path is None:
         raise UserError(f"{args.mode} needs --checkpoint_path, the weights of the APR")
     if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
-        raise UserError("predict takes images in the place of the dataset, - in that of the label file, and --predictions_path, "
-                        "where the poses go")
+        raise UserError("predict takes images in the place of the dataset, - in that of the label file, and "
+                        "--predictions_path, where the poses go")
     if args.as_stored and args.mode != "predict":
-        raise UserError(f"--as_stored is for predict: {args.mode} takes frames as stored, as their labels are; leave it out")
-    if freeze and not multi_scene:
+        raise UserError(f"--as_stored is for predict: {args.mode} takes frames as stored, as their labels are; leave "
+                        "it out")
+    if config["freeze"] and args.model_name in SINGLE_SCENE_APRS:
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
-
-    apr = load_apr(args.model_name, args.backbone_path, config, args.checkpoint_path).to(run.device)
-    names = scene_names_of(args.model_name, config, args.checkpoint_path)
-
-    if args.mode == "train":
-        transform = test_transform() if config.get("no_augment", False) else train_transform()
-        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, transform, config.get("equalize_scenes", False),
-                                    names, run.seed)
-        if args.checkpoint_path is None:
-            set_origin(apr, far_origin(dataset.truth[:, :3].numpy()))
-        dataset.move_to(apr.origin)
-        if apr.origin is not None:
-            logging.info("Positions are taken relative to (%s), which the weights keep", ", ".join(f"{x:.3f}" for x in apr.origin.tolist()))
-        if multi_scene:
-            dataset.require_scenes(config["num_scenes"], order_known=names is not None or args.checkpoint_path is None)
-        log_summary(args.labels_file, dataset.labels)
-        dataset.cache_frames(args.cache_dir, config.get("cache_memory_gb"))
-        if freeze:
-            freeze_all_but(apr, config["freeze_exclude_phrase"])
-            if not any(p.requires_grad for name, p in apr.named_parameters() if name.startswith("regressor_head")):
-                raise UserError(f"freeze_exclude_phrase {config['freeze_exclude_phrase']!r} leaves no head to train: one "
-                                "of the phrases must be in names such as regressor_head_t.fc_h.weight")
-        pose_loss = CameraPoseLoss(config).to(run.device)
-
-        def step(batch):
-            if freeze:
-                # As published: the transformers run in eval mode without gradient, and only heads can learn.
-                apr.eval()
-                with torch.no_grad():
-                    latents = apr.forward_transformers(batch)
-                apr.train()
-                result = apr.forward_heads(latents)
-            else:
-                result = apr(batch)
-            loss = pose_loss(result["pose"], batch["pose"])
-            if multi_scene:
-                loss = loss + F.nll_loss(result["scene_log_distr"], batch["scene"])
-            return loss, result["pose"]
-
-        if args.val_labels_file is not None:
-            seen = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=names or dataset.scene_names,
-                                     origin=apr.origin)
-            seen.cache_frames(args.cache_dir, config.get("cache_memory_gb"))
-            seen_frames = engine.frames_of(run, seen)
-
-            def validate():
-                found = engine.answers(run, seen_frames, lambda batch: {"pose": infer(apr, batch["img"])["pose"]}, "validation")
-                return found["pose"], seen.poses
-
-        batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
-        engine.train(run, apr, pose_loss, batches, step, cli.about(run, args.model_name, dataset.scene_names),
-                     validate=validate if args.val_labels_file is not None else None)
-    elif args.mode == "predict":
-        apr.eval()
-        images = Images(args.dataset_path, args.as_stored)
-        results = engine.evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
-        unreadable = [images.problem(i) for i in (~results["readable"]).nonzero().squeeze(1).tolist()]
-        if len(unreadable) == len(images):
-            raise UserError(first_five(unreadable))
-        report_images(run, images.names, results, names, apr.origin)
-        if unreadable:
-            raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
-    else:
-        apr.eval()
-        dataset = CameraPoseDataset(args.dataset_path, args.labels_file, test_transform(), scene_names=names)
-        dataset.move_to(apr.origin)
-        results = engine.evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
-        report(run, args.checkpoint_path, dataset, results, names)
 
 
 def freeze_all_but(apr, phrases):
-    """Freeze the parameters whose names hold none of the phrases."""
-    phrases = [phrases] if isinstance(phrases, str) else phrases
+    """Freeze the parameters whose names hold none of the phrases. Raises UserError where no head is left to train."""
+    from util.errors import UserError
+
+    excluded = [phrases] if isinstance(phrases, str) else phrases
     for name, parameter in apr.named_parameters():
-        parameter.requires_grad_(any(phrase in name for phrase in phrases))
+        parameter.requires_grad_(any(phrase in name for phrase in excluded))
+    if not any(p.requires_grad for name, p in apr.named_parameters() if name.startswith("regressor_head")):
+        raise UserError(f"freeze_exclude_phrase {phrases!r} leaves no head to train: one of the phrases must be in "
+                        "names such as regressor_head_t.fc_h.weight")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

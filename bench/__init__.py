@@ -1,1 +1,4 @@
-"""Benchmarks, one command a question: python -m bench.models, bench.pipeline, bench.pae. Each prints a table and writes JSON."""
+"""Benchmarks, one command per question: python -m bench.models, bench.pipeline, bench.pae, bench.refinement.
+
+Each prints tables and writes them as JSON.
+"""

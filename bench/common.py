@@ -12,21 +12,23 @@ from transforms3d.quaternions import mat2quat
 
 from datasets.labels import POSE_COLUMNS
 from datasets.synthetic_scenes import camera_path, make_room, render
-from util import cli
+from engine.run import device_of
 from util.files import whole_file
 
 FRAMES = "out/bench/frames"
 
 
 def parser(name, description):
+    """An argument parser with what every benchmark takes. name: the module's."""
     arguments = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=description)
     arguments.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    arguments.add_argument("--json", metavar="FILE", default=f"out/bench/{name}.json", help=f"(default: out/bench/{name}.json)")
+    arguments.add_argument("--json", metavar="FILE", default=f"out/bench/{name}.json",
+                           help=f"(default: out/bench/{name}.json)")
     return arguments
 
 
 def frames(n, width, height):
-    """The label file of n rendered frames, PNG files in FRAMES, made where they are not there yet."""
+    """The label file of n rendered frames, PNG files in FRAMES, which are rendered unless they exist."""
     labels = f"{FRAMES}/{n}-{width}x{height}.csv"
     if os.path.exists(labels):
         return labels
@@ -38,7 +40,8 @@ def frames(n, width, height):
     for i, (position, rotation) in enumerate(tqdm(path, total=n, desc=f"rendering {width}x{height}", disable=None)):
         name = f"{folder}/frame-{i:06d}.color.png"
         Image.fromarray(render(scene.faces, position, rotation, width, height)).save(f"{FRAMES}/{name}")
-        lines.append(",".join(("room", "train", "seq-01", name, *(f"{x:.9f}" for x in (*position, *mat2quat(rotation))))))
+        pose = (f"{x:.9f}" for x in (*position, *mat2quat(rotation)))
+        lines.append(",".join(("room", "train", "seq-01", name, *pose)))
     with whole_file(labels) as file:
         file.write("\n".join(lines) + "\n")
     return labels
@@ -46,14 +49,15 @@ def frames(n, width, height):
 
 def show(args, tables):
     """Print tables, {title: list of rows, dicts of the same keys}, as Markdown and write them to args.json."""
-    device = cli.device_of(args.device)
+    device = device_of(args.device)
     machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
                "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
     for title, rows in tables.items():
         print(f"\n{title}\n")
         print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
         for row in rows:
-            print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()) + " |")
+            cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
+            print(f"| {' | '.join(cells)} |")
     with whole_file(args.json) as file:
         json.dump({"machine": machine, **tables}, file, indent=1)
     print(f"\n{machine}\n{args.json}")

@@ -1,4 +1,7 @@
-"""What a PAE and a refiner cost to train: the real scripts, timed by their logs, over 1, 2, 4 and 8 times as many frames."""
+"""What a PAE and a refiner cost to train, over 1, 2, 4 and 8 times as many frames.
+
+The real scripts run, and their logs give the times.
+"""
 import datetime
 import glob
 import os
@@ -10,6 +13,7 @@ import tempfile
 import torch
 
 from bench import common
+from engine.run import device_of
 from models import build_pose_encoder, load_apr
 from util import cli
 
@@ -20,8 +24,9 @@ SETTINGS = ["--preset", "7Scenes", "--set", "backbone_type=mobilenet", f"n_epoch
 
 def run(script, device, out, dataset_path, labels_file, *weights):
     """Train by a script; returns the seconds of the teacher's pass and of the training, and the peak memory in GiB."""
-    process = subprocess.Popen([sys.executable, script, "posenet", "train", "none", dataset_path, labels_file, "config.json",
-                                *weights, "--device", device, "--output_dir", out, *SETTINGS], stdout=subprocess.DEVNULL)
+    command = [script, "posenet", "train", "none", dataset_path, labels_file, "config.json", *weights,
+               "--device", device, "--output_dir", out, *SETTINGS]
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(1)
@@ -31,18 +36,20 @@ def run(script, device, out, dataset_path, labels_file, *weights):
         for line in file:
             if match := re.match(r"(\S+ \S+) INFO (Labels|Latents|Training completed)", line):
                 times[match[2]] = datetime.datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f")
-    seconds = [(times[b] - times[a]).total_seconds() for a, b in (("Labels", "Latents"), ("Latents", "Training completed"))]
-    return *seconds, usage.ru_maxrss / 2 ** 20
+    teacher, training = times["Latents"] - times["Labels"], times["Training completed"] - times["Latents"]
+    return teacher.total_seconds(), training.total_seconds(), usage.ru_maxrss / 2 ** 20
 
 
 def main():
+    """Run the benchmark that the command line asks for."""
     parser = common.parser("pae", __doc__)
     parser.add_argument("--dataset_path", help=f"(default: {N_FRAMES} rendered frames of 640x480)")
     parser.add_argument("--labels_file", help="the label file of --dataset_path")
-    parser.add_argument("--apr_checkpoint", help="of PoseNet with MobileNetV2 (default: random weights, which cost the same)")
+    parser.add_argument("--apr_checkpoint",
+                        help="of PoseNet with MobileNetV2 (default: random weights, which cost the same)")
     parser.add_argument("--times", metavar="K", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
     args = parser.parse_args()
-    device = str(cli.device_of(args.device))
+    device = str(device_of(args.device))
     dataset_path, labels_file = args.dataset_path, args.labels_file
     if dataset_path is None:
         dataset_path, labels_file = common.FRAMES, common.frames(N_FRAMES, 640, 480)
@@ -63,7 +70,8 @@ def main():
                 teacher, training, memory = run(script, device, f"{folder}/{what}-{k}", dataset_path, labels, *weights)
                 rows.append({"training": what, "frames": k * len(lines), "teacher pass s": teacher,
                              f"{N_EPOCHS} epochs s": training, "epochs / teacher pass": training / teacher,
-                             "ms a frame, both": 1000 * (teacher + training) / (k * len(lines)), "peak GiB (host)": memory})
+                             "ms per frame, both": 1000 * (teacher + training) / (k * len(lines)),
+                             "peak GiB (host)": memory})
     common.show(args, {"PAE and refiner of PoseNet MobileNetV2": rows})
 
 

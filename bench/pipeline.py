@@ -1,24 +1,33 @@
-"""How fast frames come through the loader, without and with the cache, and how much of a training step waits for them."""
+"""How fast frames come through the loader, without and with the cache.
+
+Also the part of a training's time that is spent waiting for them.
+"""
 import time
 
 import torch
 
 from bench import common
-from datasets.camera_poses import CameraPoseDataset, n_cores, test_batches, test_transform, train_batches, train_transform
+from datasets.camera_poses import CameraPoseDataset
+from datasets.loaders import test_batches, train_batches
+from datasets.resources import n_cores
+from datasets.transforms import test_transform, train_transform
+from engine.evaluation import synchronize, to_device
+from engine.run import device_of
 from models import load_apr
+from models.cpu import keep_freed_memory
 from models.precision import resolve
 from util import cli
-from util.engine import synchronize, to_device
 from util.losses import CameraPoseLoss
 
 SIZES = ((96, 640, 480), (48, 1920, 1080))  # frames, width, height
 CONFIG = {"backbone_type": "mobilenet", "hidden_dim": 256, "learnable": True, "s_x": 0, "s_q": -3, "norm": 2}
 BATCH_SIZE = 32
-N_BATCHES = {"uncached": 4, "cached": 60, "training": 12}  # an epoch, a worker; a loader's start and end count little then
+# Per epoch and worker; enough that the start and the end of a loader count little.
+N_BATCHES = {"uncached": 4, "cached": 60, "training": 12}
 
 
 class Repeated(torch.utils.data.Dataset):
-    """n items of a dataset, again and again."""
+    """n items, those of a dataset over and over."""
 
     def __init__(self, dataset, n):
         self.dataset, self.n = dataset, n
@@ -32,9 +41,10 @@ class Repeated(torch.utils.data.Dataset):
 
 
 def frames_per_second(dataset, n_batches, n_workers):
+    """The rate of a loader in its second epoch; the first starts the workers."""
     n = n_batches * BATCH_SIZE * max(n_workers, 1)
     batches = test_batches(Repeated(dataset, n), BATCH_SIZE, n_workers)
-    for i in range(2):  # the first starts the workers
+    for _ in range(2):
         begin = time.perf_counter()
         for _ in batches:
             pass
@@ -42,6 +52,7 @@ def frames_per_second(dataset, n_batches, n_workers):
 
 
 def loader_rows(title, dataset_path, labels_file, workers):
+    """Rows of a table, one per number of workers."""
     dataset = CameraPoseDataset(dataset_path, labels_file)
     begin = time.perf_counter()
     dataset.cache_frames()
@@ -54,14 +65,15 @@ def loader_rows(title, dataset_path, labels_file, workers):
         second = frames_per_second(dataset, N_BATCHES["cached"], n_workers)
         dataset.transform = train_transform()
         training = frames_per_second(dataset, N_BATCHES["cached"] // 4, n_workers)
-        rows.append({"frames": title, "workers": n_workers, "uncached frames/s": uncached, "decoding into the cache": filling,
+        rows.append({"frames": title, "workers": n_workers, "uncached frames/s": uncached, "decoding into the "
+                                                                                           "cache": filling,
                      "second epoch, test transform": second, "second / uncached": second / uncached,
                      "second epoch, training transform": training})
     return rows
 
 
 def waiting_row(dataset_path, labels_file, n_workers, device):
-    """The share of a PoseNet training's steps, from the second epoch on, spent waiting for data."""
+    """A row of a table: how much of a PoseNet training's second epoch is spent waiting for data."""
     dataset = CameraPoseDataset(dataset_path, labels_file, train_transform())
     dataset.cache_frames()
     apr, pose_loss = load_apr("posenet", "none", dict(CONFIG)).to(device), CameraPoseLoss(CONFIG).to(device)
@@ -90,15 +102,17 @@ def waiting_row(dataset_path, labels_file, n_workers, device):
 
 
 def main():
+    """Run the benchmark that the command line asks for."""
     parser = common.parser("pipeline", __doc__)
     parser.add_argument("--dataset_path", help="(default: rendered frames of 640x480 and 1920x1080)")
     parser.add_argument("--labels_file", help="the label file of --dataset_path")
-    parser.add_argument("--workers", metavar="N", type=int, nargs="+", default=[n for n in (0, 1, 2, 4, 8, 16) if n <= n_cores()],
+    parser.add_argument("--workers", metavar="N", type=int, nargs="+",
+                        default=[n for n in (0, 1, 2, 4, 8, 16) if n <= n_cores()],
                         help="(default: 0, 1, 2, 4 ... up to the cores)")
     args = parser.parse_args()
-    device = cli.device_of(args.device)
+    device = device_of(args.device)
     if device.type == "cpu":
-        cli.keep_freed_memory()
+        keep_freed_memory()
     if args.dataset_path:
         sources = {args.labels_file: (args.dataset_path, args.labels_file)}
     else:

@@ -1,1 +1,1 @@
-"""Label files and camera pose datasets."""
+"""Label files, frames with their poses, and the commands that prepare them."""

@@ -1,12 +1,14 @@
-"""Frames decoded and resized once. The published transforms resize before anything random, so that what follows can start
-from stored 8-bit pixels and see the same ones."""
+"""Frames decoded and resized once, in memory or in a file.
+
+The published transforms resize before anything random. So what follows can start from stored 8-bit pixels, with equal
+results.
+"""
 import hashlib
 import logging
 import mmap
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePosixPath
 
 import numpy as np
 from torchvision.transforms import Resize
@@ -18,20 +20,22 @@ from util.progress import progress
 
 SHORTER_SIDE = 256
 _resize = Resize(SHORTER_SIDE)
-# A file of frames is their pixels one after the other, a row of this kind each, the rows' CRC-32 and the mark.
+# A file of frames has the pixels of all frames, one such row per frame, the rows' CRC-32 and the mark.
 _ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _MARK = b"frames 2"
 _CHUNK = 64  # frames decoded before they are written, so that memory stays small
 
 
 class ImageCache:
-    """cache[i] is frame i resized, h x w x 3 uint8, or None where it is not here or its file has changed since."""
+    """Decoded frames: cache[i] is frame i."""
 
     def __init__(self, paths, signatures, shapes, pixels):
+        """paths: the image files. signatures, shapes: of the cached frames, the first ones. pixels: theirs, flat."""
         self.paths, self.signatures, self.shapes, self.pixels = paths, signatures, shapes, pixels
         self.ends = np.cumsum([height * width * 3 for height, width in shapes]).tolist()
 
     def __getitem__(self, i):
+        """Frame i resized, h x w x 3 uint8, or None where it is not cached or its file has changed since."""
         if i >= len(self.shapes) or _signature(self.paths[i]) != self.signatures[i]:
             return None
         height, width = self.shapes[i]
@@ -41,35 +45,40 @@ class ImageCache:
 def cache_in_memory(paths, read, n_threads, budget):
     """Decode frames into memory that forked workers share: an anonymous mapping, which needs no /dev/shm.
 
-    read: i -> frame i as `read_frame` gives it. budget: bytes; the first frames that fit are kept.
+    read: i -> frame i as `read_frame` returns it. budget: bytes; as many of the first frames as fit are kept. Returns
+    an ImageCache, or None where nothing fits.
     """
     with ThreadPoolExecutor(n_threads) as pool:
         shapes = list(pool.map(_resized_shape, paths))
     ends = np.cumsum([height * width * 3 for height, width in shapes])
     n_kept = int(np.searchsorted(ends, budget, side="right"))
     if n_kept < len(paths):
-        logging.info("Frames kept in memory: %d of %d, as many as fit into %.2f GB (cache_memory_gb; by default a quarter of "
-                     "what is free); --cache_dir keeps all of them in a file", n_kept, len(paths), budget / 1e9)
+        logging.info("Frames kept in memory: %d of %d, as many as fit into %.2f GB (cache_memory_gb; by default a "
+                     "quarter of what is free); --cache_dir keeps all of them in a file",
+                     n_kept, len(paths), budget / 1e9)
     if n_kept == 0 or ends[n_kept - 1] == 0:
         return None
     try:
         buffer = mmap.mmap(-1, int(ends[n_kept - 1]))
     except OSError as error:
-        raise UserError(f"{ends[n_kept - 1] / 1e9:.2f} GB of memory for decoded frames cannot be had ({error.strerror}); set "
-                        f"cache_memory_gb to less, or give --cache_dir") from error
+        raise UserError(f"{ends[n_kept - 1] / 1e9:.2f} GB of memory for decoded frames are not available "
+                        f"({error.strerror}); set cache_memory_gb to less, or give --cache_dir") from error
     signatures = []
     for i, (signature, pixels) in enumerate(_decode(paths[:n_kept], read, n_threads)):
         if pixels.shape[:2] != shapes[i]:
-            raise UserError(f"image {paths[i]} has changed while it was read; run again")
+            raise UserError(f"image {paths[i]} changed while it was read; run again")
         buffer.write(pixels)
         signatures.append(signature)
     return ImageCache(paths, signatures, shapes[:n_kept], np.frombuffer(buffer, np.uint8))
 
 
 def cache_in_file(cache_dir, paths, read, n_threads, kind):
-    """Decode frames into a file of `cache_dir` that is mapped into memory, or take the one that exists; frames whose files
-    have changed are decoded again. Several runs can share it. kind: what `read` makes of the frames; each has its own file.
-    Raises UserError where it cannot be written."""
+    """Decode frames into a file of `cache_dir`, or take the one that exists. Returns an ImageCache that maps the file.
+
+    Frames whose image files have changed are decoded again. Several runs can share the file.
+    kind: what `read` does with the frames, in words; each kind has its own file. Raises UserError where the file cannot
+    be written.
+    """
     identity = "\n".join([_MARK.decode(), kind, str(SHORTER_SIDE), *map(os.path.abspath, paths)])
     path = os.path.join(cache_dir, hashlib.sha256(identity.encode()).hexdigest()[:16] + ".frames")
     cache = _open(path, paths)
@@ -93,48 +102,15 @@ def cache_in_file(cache_dir, paths, read, n_threads, kind):
 
 
 def read_frame(path, upright=False):
-    """An image as the published transforms resize it (PIL, 8-bit RGB, shorter side 256); upright: see `read_image`. Raises
-    UserError."""
+    """An image as the published transforms resize it: PIL, 8-bit RGB, shorter side 256.
+
+    upright: as for `read_image`. Raises UnreadableImage.
+    """
     return _resize(read_image(path, upright))
 
 
-def free_memory():
-    """Bytes of memory that are free for use, within the limits of the control groups (a container's or a batch job's); 0
-    where the system does not tell."""
-    try:
-        free = [1024 * _number("/proc/meminfo", "MemAvailable:")]
-        with open("/proc/self/cgroup") as file:
-            groups = [line.strip().split(":", 2)[1:] for line in file]
-    except (OSError, ValueError):
-        return 0
-    for controllers, group in groups:
-        if controllers == "":
-            root, limit, used, reclaimable = "/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "
-        elif "memory" in controllers.split(","):
-            root, limit, used, reclaimable = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                                              "total_inactive_file ")
-        else:
-            continue
-        group = PurePosixPath(group.lstrip("/"))
-        for folder in (group, *group.parents):
-            try:
-                free.append(_number(f"{root}/{folder}/{limit}") - _number(f"{root}/{folder}/{used}")
-                            + _number(f"{root}/{folder}/memory.stat", reclaimable))
-            except (OSError, ValueError):  # not to be seen from here, or "max": no limit
-                continue
-    return max(min(free), 0)
-
-
-def _number(path, key=""):
-    with open(path) as file:
-        for line in file:
-            if line.startswith(key):
-                return int(line.split()[1 if key else 0])
-    raise ValueError
-
-
 def _decode(paths, read, n_threads):
-    """Signatures and pixels of frames in order, decoded by threads (the decoders let go of Python's lock)."""
+    """The signature and the pixels of each frame in order, decoded by threads (the decoders release Python's lock)."""
     def decode(i):
         signature = _signature(paths[i])  # before the pixels, so that a change in between shows
         return signature, np.asarray(read(i))
@@ -147,7 +123,7 @@ def _decode(paths, read, n_threads):
 
 
 def _open(path, paths):
-    """The cache in a file, or None where there is none or it is damaged."""
+    """The cache in a file, or None where the file does not exist or is damaged."""
     if not os.path.exists(path):
         return None
     try:
@@ -160,8 +136,9 @@ def _open(path, paths):
         if zlib.crc32(packed).to_bytes(4, "little") != data[end:end + 4].tobytes():
             raise ValueError
         rows = np.frombuffer(packed, _ROWS)
-        shapes = list(zip(rows["height"].tolist(), rows["width"].tolist()))
-        cache = ImageCache(paths, list(zip(rows["modified_ns"].tolist(), rows["n_bytes"].tolist())), shapes, data)
+        signatures = list(zip(rows["modified_ns"].tolist(), rows["n_bytes"].tolist(), strict=True))
+        shapes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
+        cache = ImageCache(paths, signatures, shapes, data)
         if cache.ends[-1] != rows_begin:
             raise ValueError
         return cache
@@ -171,7 +148,7 @@ def _open(path, paths):
 
 
 def _signature(path):
-    """What changes when a file does: (modification time in ns, size), or None without a file."""
+    """(modification time in ns, size in bytes) of a file, which change when the file does; None without a file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -180,8 +157,10 @@ def _signature(path):
 
 
 def _resized_shape(path):
-    """(height, width) of a frame resized, as stored; only the file's header is read. (0, 0) for a file that cannot be read,
-    which is reported when it is decoded."""
+    """(height, width) of a resized frame, as stored, from the file's header alone.
+
+    The result is (0, 0) for a file that cannot be read; that is reported when it is decoded.
+    """
     height, width, _ = read_header(path)
     if not height:
         return 0, 0

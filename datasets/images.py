@@ -1,7 +1,7 @@
-"""Images of any kind as 8-bit RGB, and the orientation that cameras note beside the pixels (EXIF).
+"""Images of any kind as 8-bit RGB, and the orientation that cameras store beside the pixels (EXIF).
 
-Pixels come as scikit-image reads them, which is how the published code reads them: as they are stored. What Pillow knows
-better (palettes, CMYK, several frames, HEIC and AVIF) comes from Pillow.
+scikit-image reads the pixels as they are stored, as in the published code. Pillow reads what it supports better:
+palettes, CMYK, several frames, HEIC and AVIF.
 """
 import os
 import struct
@@ -25,14 +25,16 @@ else:
 
 HEIF_EXTENSIONS = (".heic", ".heif")
 HEIF_ADVICE = "" if HAS_HEIF else " (pip install pillow-heif reads them)"
-# The extensions that a folder's images have: of images that can be read here.
+# A folder is searched for images with these extensions, which can be read here.
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
                     *((".avif",) if features.check("avif") else ()), *(HEIF_EXTENSIONS if HAS_HEIF else ()))
 _TIFF = (".tif", ".tiff")
-_STORED = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")  # Pillow's modes that scikit-image reads as they are
+# Pillow's modes of images that scikit-image reads unchanged.
+_STORED = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")
+# What turns an image upright, by the value of the tag.
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
             5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90}  # by the value of the tag
+            8: Image.Transpose.ROTATE_90}
 _TURNED_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
@@ -41,25 +43,29 @@ class UnreadableImage(UserError):
 
 
 def read_image(path, upright=False):
-    """An image as 8-bit RGB (PIL): greyscale is repeated, transparency dropped, 16 bits and floats scaled to 8 bits.
+    """An image as 8-bit RGB (PIL).
 
-    upright: turn it as its EXIF orientation says; by default the pixels stay as stored.
+    Greyscale is repeated, transparency is dropped, 16 bits and floats are scaled to 8 bits.
+    upright: turn it as its EXIF orientation says (default: leave the pixels as stored).
 
-    Raises UnreadableImage for an image that cannot be read, and for numbers whose range does not say what white is.
+    Raises UnreadableImage for an image that cannot be read, and for numbers whose range does not tell white's value.
     """
     try:
         image = Image.fromarray(_eight_bits(path, _pixels(path)))
         orientation = read_header(path)[2] if upright else 1
     except UnreadableImage:
         raise
-    except Exception as error:  # decoders raise anything, and the file is at fault
+    except Exception as error:  # decoders raise any type, and the file is at fault
         raise UnreadableImage(f"image {path} cannot be read ({error})") from error
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def read_header(path):
-    """(height, width, EXIF orientation: 1 to 8, 1 for none) of an image as stored, without decoding it; (0, 0, 1) for a file
-    that cannot be read, which is reported when it is decoded."""
+    """(height, width, EXIF orientation) of an image as stored, without decoding it.
+
+    The orientation is 1 to 8, and 1 for none. The result is (0, 0, 1) for a file that cannot be read; that is reported
+    when it is decoded.
+    """
     try:
         if _is_tiff(path):
             with tifffile.TiffFile(path) as file:
@@ -67,53 +73,57 @@ def read_header(path):
                 tag = page.tags.get(ExifTags.Base.Orientation)
                 return page.imagelength, page.imagewidth, _known(tag.value if tag else 1)
         with Image.open(path) as image:
-            if image.format == "PNG":  # of which Pillow would decode the pixels, to look for it behind them
+            if image.format == "PNG":  # Pillow would decode the pixels, to look for the tag behind them
                 exif = Image.Image.getexif(image)
                 if not exif:
                     exif.load(_exif_of_png(path))
             else:
                 exif = image.getexif()
             return image.height, image.width, _known(exif.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # decoders raise anything
+    except Exception:  # decoders raise any type
         return 0, 0, 1
 
 
 def _known(orientation):
+    """A valid EXIF orientation, or 1."""
     return int(orientation) if orientation in _UPRIGHT else 1
 
 
 def _is_tiff(path):
+    """Whether a file's content is TIFF, whatever its name."""
     with open(path, "rb") as file:
         return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def path_is(path, extensions):
-    """Whether a path has one of the extensions, in letters of any size."""
+    """Whether a path has one of the extensions, in upper or lower case."""
     return os.path.splitext(path)[1].lower() in extensions
 
 
 def _pixels(path):
     """An image's numbers: H x W or H x W x channels."""
     if _is_tiff(path):
-        if not path_is(path, _TIFF):  # scikit-image goes by the name, and Pillow by the content
+        if not path_is(path, _TIFF):  # scikit-image decides by the name, Pillow by the content
             return _pillow_pixels(path)
         try:
             with tifffile.TiffFile(path) as file:
                 as_stored = file.pages[0].photometric.name in ("MINISBLACK", "RGB") and len(file.pages) == 1
-            # Palettes, CMYK, YCbCr, white at 0, and the first of several pages are Pillow's.
+            # Pillow reads palettes, CMYK, YCbCr, white at 0, and the first of several pages.
             return skimage.io.imread(path) if as_stored else _pillow_pixels(path)
-        except ValueError:  # a compression that tifffile lacks
+        except ValueError:  # a compression that tifffile does not support
             return _pillow_pixels(path)
     with Image.open(path) as image:
-        stored = image.mode in _STORED and image.format not in ("HEIF", "AVIF", "GIF") and getattr(image, "n_frames", 1) == 1
-        has_16_bits = image.format == "PPM" and image.mode == "I"  # of which Pillow makes 32, scaled to 65535
+        stored = (image.mode in _STORED and image.format not in ("HEIF", "AVIF", "GIF")
+                  and getattr(image, "n_frames", 1) == 1)
+        has_16_bits = image.format == "PPM" and image.mode == "I"  # Pillow reads 32 bits, scaled to 65535
     pixels = skimage.io.imread(path) if stored and not path_is(path, _TIFF) else _pillow_pixels(path)
     return pixels.astype(np.uint16) if has_16_bits else pixels
 
 
 def _pillow_pixels(path):
+    """An image's numbers as stored, read by Pillow: H x W or H x W x channels."""
     with Image.open(path) as image:
-        # Pillow turns TIFF images by their tag.
+        # Pillow turns TIFF images upright.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "TIFF" else 1
         image.load()
         stored = image if image.mode in _STORED else image.convert("RGB")
@@ -128,21 +138,22 @@ def _eight_bits(path, pixels):
     if pixels.dtype == np.uint8:
         return np.ascontiguousarray(pixels)
     if pixels.dtype == np.uint16:
-        return skimage.util.img_as_ubyte(pixels / 65535)  # rounded; from whole numbers it would be cut
+        return skimage.util.img_as_ubyte(pixels / 65535)  # rounds; whole numbers would be truncated
     if pixels.dtype == bool:
         return skimage.util.img_as_ubyte(pixels)
-    # Floats and long whole numbers: their values say what white is.
+    # Floats and long whole numbers: their range tells the value of white.
     low, high = (float(value) for value in (pixels.min(), pixels.max()))
     white = next((white for white in (1, 255, 65535) if high <= white), 0)
-    # A picture whose largest number is far below white is rarer than one of another range, such as 1.2 or 12 bits.
+    # An image whose largest number is far below white is rarer than one with another range, such as 1.2 or 12 bits.
     if not 0 <= low <= high <= white or (white > 1 and high < white / 16):
-        raise UnreadableImage(f"image {path} cannot be read ({pixels.dtype} numbers from {low:.6g} to {high:.6g}, of which none says "
-                              "what white is); save it with 8 or 16 bits, or with numbers from 0 to 1, 255 or 65535")
+        raise UnreadableImage(f"image {path} cannot be read ({pixels.dtype} numbers from {low:.6g} to {high:.6g} do "
+                              "not tell the value of white); save it with 8 or 16 bits, or with numbers from 0 to 1, "
+                              "255 or 65535")
     return skimage.util.img_as_ubyte(pixels / np.float64(white))
 
 
 def _exif_of_png(path):
-    """The EXIF data of a PNG file, b"" for none: its chunks' lengths and names are read, not the pixels."""
+    """The EXIF data of a PNG file, b"" for none. The chunks' lengths and names are read, not the pixels."""
     with open(path, "rb") as file:
         file.seek(8)
         while len(header := file.read(8)) == 8:

@@ -1,7 +1,7 @@
-"""Label files: `scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4`, a frame a row; and a command that checks and mends them.
+"""Label files: `scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4`, one row per frame.
 
-The position is in metres; the quaternion is scalar first. A row is named by its number in the file as an editor or a
-spreadsheet shows it: the header is row 1.
+The position is in metres. The quaternion is scalar first. Rows have the numbers that an editor or a spreadsheet
+shows: the header is row 1. Two commands check a file and fix it:
 
     python -m datasets.labels check FILE.csv [--dataset_path DIR]
     python -m datasets.labels fix FILE.csv OUT.csv
@@ -13,11 +13,13 @@ import os
 import re
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
 
+from util import cli
 from util.errors import UserError, first_five
 from util.files import same_file, whole_file
 
@@ -25,16 +27,16 @@ POSE_COLUMNS = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
 COLUMNS = ["scene", "split", "seq", "img_path", *POSE_COLUMNS]
 UNIT_TOLERANCE = 1e-3
 OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
-FAR_FACTOR = 10  # the same, of the median position's own distance from the origin
+FAR_FACTOR = 10  # the same for the distance of the median position from the origin
 
 
 def read_labels(path, columns=COLUMNS):
-    """Read a label file: a DataFrame with COLUMNS, the pose as float64, and `row`, the row's number in the file.
+    """Read a label file: a DataFrame with `columns`, the pose as float64, and `row`, the row's number in the file.
 
-    columns: those to read, of COLUMNS in their order, where the file may lack others; the pose and img_path among them.
+    columns: the columns to read, in the order of COLUMNS, the pose and img_path among them; the file may lack others.
 
-    Raises UserError, naming file and row, for a file that is missing, empty or no table, a missing column or cell, a
-    pose that is not seven finite numbers with a quaternion other than zero, and an image path outside the dataset.
+    Raises UserError, with the file and the row, for a file that is missing, empty or no table, a missing column or
+    cell, a pose that is not seven finite numbers or has a quaternion of zeros, and an image path outside the dataset.
     """
     table, unreadable = _parse(path, columns)
     if unreadable:
@@ -43,7 +45,7 @@ def read_labels(path, columns=COLUMNS):
 
 
 def write_labels(path, table):
-    """Write a DataFrame as a label file, whole or not at all, with the columns it has (`row` left out)."""
+    """Write a DataFrame as a label file, completely or not at all. It has the DataFrame's columns without `row`."""
     with whole_file(path) as file:
         table.drop(columns="row", errors="ignore").to_csv(file, index=False, lineterminator="\n")
 
@@ -54,41 +56,43 @@ def poses_of(table):
 
 
 def far_origin(positions):
-    """The median of positions, N x 3, where the origin is far from them: FAR_FACTOR times as far from it as half of them
-    are. None elsewhere, as in all published label files. Float32 has metres of UTM or earth-centred coordinates to half a
-    metre, and a network begins at 0."""
+    """The median of positions (N x 3) that are far from the origin, or None, as for all published label files.
+
+    Positions are far where the origin is FAR_FACTOR times as far from their median as half of them are. Float32
+    resolves UTM or earth-centred coordinates to half a metre only, and a network's estimates begin near 0.
+    """
     centre = np.median(positions, axis=0)
     spread = np.median(np.linalg.norm(positions - centre, axis=1))
     return centre if np.linalg.norm(centre) > FAR_FACTOR * (spread or 1) else None
 
 
 def scene_indices(table, scene_names):
-    """The scene index of every row: its scene's place in `scene_names`, -1 for a scene that is not there."""
+    """The scene index of every row: its scene's place in `scene_names`, or -1 for another scene."""
     index = {name: i for i, name in enumerate(scene_names)}
     return np.array([index.get(name, -1) for name in table["scene"]])
 
 
 def to_number(text):
-    """The number that a text is. Raises ValueError for what is none, or is one in Python only, such as 1_0."""
+    """A text as a float. Raises ValueError for other texts, and for numbers of Python's own notation, such as 1_0."""
     if not text.isascii() or "_" in text:
         raise ValueError(f"could not convert string to float: '{text}'")
     return float(text)
 
 
-def natural(name):
-    """A key that sorts names with numbers in them by the numbers: seq2 before seq10."""
+def natural_key(name):
+    """A sort key for names that contain numbers: seq2 before seq10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def find_problems(table, dataset_path=None):
-    """What is suspicious in a table of read_labels, in the order of its rows: a list of (row, kind, text).
+    """The problems of a table of read_labels, in the order of its rows: a list of (row, kind, text).
 
-    dataset_path: the folder of the images; without it they are not looked for.
+    dataset_path: the folder of the images, to find missing ones (default: do not look for images).
     """
     problems = []
     rows, poses = table["row"].to_numpy(), poses_of(table)
     first_listed = {}
-    for row, path in zip(rows, table["img_path"]):
+    for row, path in zip(rows, table["img_path"], strict=True):
         first = first_listed.setdefault(os.path.normpath(path), row)
         if first != row:
             problems.append((row, "image listed twice", f"image {path} is listed in row {first} already"))
@@ -99,17 +103,19 @@ def find_problems(table, dataset_path=None):
         problems.append((rows[i], "quaternion that is not unit", f"the quaternion's norm is {norms[i]:.6g}, not 1"))
     for before, i in _neighbours(table):
         if poses[before, 3:] @ poses[i, 3:] < 0:
-            problems.append((rows[i], "change of the quaternion's sign", f"the quaternion has the other sign than the frame "
-                                                                         f"before it, {table['img_path'].iloc[before]}"))
+            text = f"the quaternion has the other sign than the frame before it, {table['img_path'].iloc[before]}"
+            problems.append((rows[i], "change of the quaternion's sign", text))
     for i, factor in _outliers(table):
-        problems.append((rows[i], "position far outside the rest", f"the position is {factor:.4g} times as far from the "
-                                                                   f"scene's median position as half of the frames are"))
+        text = f"the position is {factor:.4g} times as far from the scene's median position as half of the frames are"
+        problems.append((rows[i], "position far outside the rest", text))
     return sorted(problems)
 
 
 def summarize(table, problems):
-    """One line on a table and its problems, a list of (row, kind, text): how many frames, how many of each kind, and whether
-    the origin is far from the frames."""
+    """One line about a table and its problems, a list of (row, kind, text).
+
+    It has the number of frames, the number of problems of each kind, and the positions' median where the origin is far.
+    """
     counts = [f"{kind}: {n}" for kind, n in Counter(kind for _, kind, _ in problems).items()]
     origin = None if table.empty else far_origin(poses_of(table)[:, :3])
     far = [] if origin is None else [f"positions far from the origin, around ({', '.join(f'{x:.3f}' for x in origin)})"]
@@ -117,59 +123,61 @@ def summarize(table, problems):
 
 
 def log_summary(path, table):
-    """Log what find_problems says of the table of the label file at `path`, in one line."""
+    """Log in one line which problems the table of the label file at `path` has."""
     problems = find_problems(table)
-    logging.info("Labels: %s%s", summarize(table, problems), f" (python -m datasets.labels check {path})" if problems else "")
+    advice = f" (python -m datasets.labels check {path})" if problems else ""
+    logging.info("Labels: %s%s", summarize(table, problems), advice)
 
 
-def mend(table):
-    """Mend what can be in a table of read_labels: frames listed again with the same pose and outliers are dropped,
-    quaternions normalised, and negated where that keeps their sign within a sequence.
+def fix_labels(table):
+    """Fix a table of read_labels. Returns the fixed table, and the changes as a list of (row, text).
 
-    Returns the mended table and what was done: a list of (row, text).
+    Outliers are dropped, and frames listed again with the same pose. Quaternions are normalised, and negated where
+    their sign changes within a sequence.
     """
-    done = []
     again = table.assign(img_path=table["img_path"].map(os.path.normpath)).duplicated(["img_path", *POSE_COLUMNS])
-    done += [(row, "dropped: its image is listed before, with the same pose") for row in table["row"][again]]
+    changes = [(row, "dropped: its image is listed before, with the same pose") for row in table["row"][again]]
     table = table[~again].reset_index(drop=True)
-    while outliers := [i for i, _ in _outliers(table)]:  # without these, the rest may be closer together
-        done += [(row, "dropped: its position is far outside the rest") for row in table["row"][outliers]]
+    while outliers := [i for i, _ in _outliers(table)]:  # without them others may become outliers
+        changes += [(row, "dropped: its position is far outside the rest") for row in table["row"][outliers]]
         table = table.drop(index=outliers).reset_index(drop=True)
 
     quaternions = poses_of(table)[:, 3:]
     norms = np.linalg.norm(quaternions, axis=1)
     not_unit = np.abs(norms - 1) > UNIT_TOLERANCE
-    done += [(row, f"quaternion normalised, its norm was {norm:.6g}")
-             for row, norm in zip(table["row"][not_unit], norms[not_unit])]
+    changes += [(row, f"quaternion normalised, its norm was {norm:.6g}")
+                for row, norm in zip(table["row"][not_unit], norms[not_unit], strict=True)]
     quaternions[not_unit] /= norms[not_unit, None]  # the others keep their digits
     for before, i in _neighbours(table):
         if quaternions[before] @ quaternions[i] < 0:
             quaternions[i] *= -1
-            done.append((table["row"][i], "quaternion negated: the same rotation, in the sign of the frame before it"))
+            text = "quaternion negated: the same rotation, in the sign of the frame before it"
+            changes.append((table["row"][i], text))
     table[POSE_COLUMNS[3:]] = quaternions
-    return table, sorted(done)
+    return table, sorted(changes)
 
 
 def _neighbours(table):
-    """Pairs of positions in the table of neighbouring frames of a sequence, in the order of the frames."""
-    names = table["img_path"].map(natural)
+    """Positions in the table of neighbouring frames of a sequence, in pairs, in the order of the frames."""
+    names = table["img_path"].map(natural_key)
     for _, positions in table.groupby(["scene", "split", "seq"], sort=False).indices.items():
         ordered = sorted(positions, key=lambda i: names.iloc[i])
-        yield from zip(ordered, ordered[1:])
+        yield from pairwise(ordered)
 
 
 def _outliers(table):
-    """(position in the table, distance over the median distance) of the frames that are far outside their scene."""
+    """The frames far outside their scene: (position in the table, distance over the median distance) each."""
     for positions in table.groupby("scene", sort=False).indices.values():
         points = poses_of(table)[positions, :3]
         distances = np.linalg.norm(points - np.median(points, axis=0), axis=1)
         typical = np.median(distances)
-        if typical > 0:  # else most frames are in one place, which says nothing of the others
-            yield from ((i, d / typical) for i, d in zip(positions, distances) if d > OUTLIER_FACTOR * typical)
+        if typical > 0:  # otherwise most frames are in one place, which says nothing about the others
+            yield from ((i, distance / typical) for i, distance in zip(positions, distances, strict=True)
+                        if distance > OUTLIER_FACTOR * typical)
 
 
 def _parse(path, columns=COLUMNS):
-    """A label file's table as read_labels gives it, without its unreadable rows, and those: a list of (row, problem)."""
+    """A label file's table as read_labels returns it, without unreadable rows; and these: a list of (row, problem)."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = list(csv.reader(file, skipinitialspace=True, strict=True))
@@ -180,10 +188,11 @@ def _parse(path, columns=COLUMNS):
     header, *lines = ([cell.strip() for cell in line] for line in lines)
     twice = [column for column, n in Counter(header).items() if column and n > 1]
     if twice:
-        raise UserError(f"{path}: column '{twice[0]}' is there twice")
+        raise UserError(f"{path}: column '{twice[0]}' appears twice")
     missing = [column for column in columns if column not in header]
     if missing:
-        others = [name for name, separator in (("semicolons", ";"), ("tabs", "\t")) if len(header) == 1 and separator in header[0]]
+        others = [name for name, separator in (("semicolons", ";"), ("tabs", "\t"))
+                  if len(header) == 1 and separator in header[0]]
         raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(columns)}"
                         + (f", separated by commas, not by {others[0]}" if others else ""))
 
@@ -207,7 +216,7 @@ def _parse(path, columns=COLUMNS):
 
 
 def _parse_frame(cells):
-    """A frame of a row's cells, {column: text}, with numbers for the pose, and what is wrong with it or None."""
+    """A frame from a row's cells, {column: text}: its values, the pose as numbers; and a problem or None."""
     for column in ("scene", "img_path"):
         if not cells.get(column, "not asked for"):
             return None, f"{column} '{cells[column]}' is empty"
@@ -223,17 +232,19 @@ def _parse_frame(cells):
     if max(map(abs, pose[3:])) < 1e-30:
         return None, "q1, q2, q3 and q4 are 0: no orientation"
     if any("\0" in cell for cell in cells.values()):
-        return None, "has a byte of zero in it; the file is damaged"
+        return None, "has a zero byte in it; the file is damaged"
     path = cells["img_path"]
     if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
         return None, f"img_path '{path}' leaves the dataset's folder"
     return [*(text for column, text in cells.items() if column not in POSE_COLUMNS), *pose], None
 
 
-def check(args):
+def _check(args):
+    """Run the command `check`."""
     table, unreadable = _parse(args.labels_file)
     if args.dataset_path is not None and not os.path.isdir(args.dataset_path):
-        raise UserError(f"--dataset_path {args.dataset_path}: no such folder; give the one that img_path is relative to")
+        raise UserError(f"--dataset_path {args.dataset_path}: no such folder; "
+                        "give the one that img_path is relative to")
     problems = [(row, "unreadable row", problem) for row, problem in unreadable]
     problems = sorted(problems + find_problems(table, args.dataset_path))
     for row, _, problem in problems:
@@ -242,35 +253,38 @@ def check(args):
     sys.exit(1 if problems else 0)
 
 
-def fix(args):
+def _fix(args):
+    """Run the command `fix`."""
     if same_file(args.labels_file, args.output):
-        raise UserError(f"{args.output} is the file to mend, which stays as it is; name another")
+        raise UserError(f"{args.output} is the file to fix, which stays as it is; name another")
     table, unreadable = _parse(args.labels_file)
-    mended, done = mend(table)
-    if mended.empty:
+    fixed, changes = fix_labels(table)
+    if fixed.empty:
         raise UserError(f"{args.labels_file}: no readable row; nothing to write")
-    write_labels(args.output, mended)
-    for row, text in sorted(done + [(row, f"dropped: {problem}") for row, problem in unreadable]):
+    write_labels(args.output, fixed)
+    for row, text in sorted(changes + [(row, f"dropped: {problem}") for row, problem in unreadable]):
         print(f"row {row}: {text}")
-    print(f"{args.output}: {summarize(mended, find_problems(mended))}")
+    print(f"{args.output}: {summarize(fixed, find_problems(fixed))}")
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m datasets.labels", description="Check or mend a label file.")
+    """Check or fix a label file."""
+    parser = argparse.ArgumentParser(prog="python -m datasets.labels", description="Check or fix a label file.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("check", help="list what is wrong with a label file, row by row; exit status 1 if anything is")
+    command = commands.add_parser("check", help="list the problems of a label file, row by row; exit status 1 if "
+                                                "it has any")
     command.add_argument("labels_file", metavar="FILE.csv")
-    command.add_argument("--dataset_path", metavar="DIR", help="the folder of the images, to find missing ones (default: none)")
-    command.set_defaults(function=check)
-    command = commands.add_parser("fix", help="write a label file without what can be mended, and list what was done")
+    command.add_argument("--dataset_path", metavar="DIR",
+                         help="the folder of the images, to find missing ones (default: do not look for images)")
+    command.set_defaults(function=_check)
+    command = commands.add_parser("fix", help="write a label file without the problems that can be fixed, and "
+                                              "list the changes")
     command.add_argument("labels_file", metavar="FILE.csv")
     command.add_argument("output", metavar="OUT.csv", help="has the columns of a label file, and no others")
-    command.set_defaults(function=fix)
+    command.set_defaults(function=_fix)
     args = parser.parse_args()
     args.function(args)
 
 
 if __name__ == "__main__":
-    from util import cli
-
     cli.run(main)

@@ -1,10 +1,10 @@
-"""Label files of a scene of one's own, from a COLMAP model (https://colmap.github.io/format.html).
+"""Label files of your own scene, from a COLMAP model (https://colmap.github.io/format.html).
 
     python -m datasets.prepare_colmap MODEL LABELS [--test_sequences seq2 ... | --every N]
 
-MODEL is the folder of a model, text or binary, such as sparse/0. LABELS gets <scene>_train.csv and <scene>_test.csv with
-the registered images: the camera's centre, in the model's unit, and the camera-to-world quaternion, scalar first and not
-negative. Images are named as in the model. COLMAP writes no other images, to text or binary models.
+MODEL is the folder of a model, text or binary, such as sparse/0. LABELS gets <scene>_train.csv and <scene>_test.csv
+with the registered images (COLMAP writes no others): the camera's centre, in the model's unit, and the camera-to-world
+quaternion, scalar first and not negative. Images have their names in the model.
 """
 import argparse
 import os
@@ -18,29 +18,30 @@ import numpy as np
 import pandas as pd
 from transforms3d.quaternions import mat2quat, quat2mat
 
-from datasets.downloads import reading, writing
-from datasets.labels import COLUMNS, natural, to_number, write_labels
+from datasets.labels import COLUMNS, natural_key, to_number, write_labels
+from datasets.text_files import reading, writing
+from util import cli
 from util.errors import UserError, first_five
 
 DEFAULT_EVERY = 8
-NO_FOLDER = "seq-01"  # the sequence of images that are in no folder
+NO_FOLDER = "seq-01"  # the sequence of images outside any folder
 TEXT_FILES = ("cameras", "rigs", "frames", "points3D")  # beside images.txt
-UNIT_TOLERANCE = 0.01  # of a quaternion, where a line may be an image or points
+UNIT_TOLERANCE = 0.01  # of a quaternion's norm, to tell a line of an image from a line of points
 
 
 def read_model(folder):
-    """The registered images of a COLMAP model: a list of (name, pose), the pose as 7 numbers: the camera's centre, and the
-    camera-to-world unit quaternion, scalar first and not negative.
+    """The registered images of a COLMAP model: a list of (name, pose).
 
-    Raises UserError for a folder without a model, a model that cannot be read, one without a registered image, images
+    The pose is 7 numbers: the camera's centre, and the camera-to-world unit quaternion, scalar first and not negative.
+    Raises UserError for a folder without a model, a model that cannot be read or has no registered image, images
     without a finite pose or outside the dataset's folder, and an image that is listed twice.
     """
     folder = Path(folder)
     suffixes = [suffix for suffix in (".bin", ".txt")
                 if all((folder / f"{kind}{suffix}").is_file() for kind in ("cameras", "images", "points3D"))]
     if not suffixes:
-        raise UserError(f"{folder}: no COLMAP model; give the folder of its cameras, images and points3D, all .bin or all "
-                        f".txt, such as sparse/0")
+        raise UserError(f"{folder}: no COLMAP model; give the folder of its cameras, images and points3D, all .bin or "
+                        f"all .txt, such as sparse/0")
     if suffixes[0] == ".bin":
         for kind in ("rigs", "frames", "images", "points3D"):
             if (folder / f"{kind}.bin").exists():
@@ -58,11 +59,11 @@ def label_table(frames, scene, is_test):
     """The labels of a scene: a DataFrame with labels.COLUMNS, in the order of sequences and frames.
 
     frames: a list of (image name, pose of 7 numbers).
-    is_test: says of (sequence, number of the frame within it, from 1) whether the frame is for testing.
+    is_test: a function of (sequence, number of the frame within it, from 1): whether the frame is for testing.
     """
     rows, counts = [], {}
     for sequence, name, pose in sorted(((_sequence(name), name, pose) for name, pose in frames),
-                                       key=lambda frame: (natural(frame[0]), natural(frame[1]))):
+                                       key=lambda frame: (natural_key(frame[0]), natural_key(frame[1]))):
         counts[sequence] = counts.get(sequence, 0) + 1
         split = "test" if is_test(sequence, counts[sequence]) else "train"
         rows.append([scene, split, sequence, name, *pose])
@@ -70,13 +71,16 @@ def label_table(frames, scene, is_test):
 
 
 def _sequence(name):
+    """The sequence of an image: its folder."""
     folder = str(PurePosixPath(name).parent)
     return NO_FOLDER if folder == "." else folder
 
 
 def _registered_images(folder, copy):
-    """The registered images of the model in `copy`, that of `folder`, as pycolmap reads it: a list of (id, name,
-    world-to-camera quaternion, scalar first, and translation).
+    """The registered images of a model, read by pycolmap.
+
+    copy: where the model is read from. folder: where the user has it, for messages. Returns a list of (id, name,
+    world-to-camera quaternion, scalar first, translation).
     """
     import pycolmap
 
@@ -91,10 +95,10 @@ def _registered_images(folder, copy):
 
 
 def _read_text_model(folder):
-    """The images of a text model, as _registered_images gives them.
+    """The images of a text model, as _registered_images returns them.
 
-    pycolmap cuts names at a space, and takes every second line of images.txt for points whatever is in it. So it reads
-    a copy in which each image has its id for a name, and a line of points.
+    pycolmap cuts names at a space, and takes every second line of images.txt for points, whatever it contains. So it
+    reads a copy in which each image has its id as name, and a line of points.
     """
     images = _read_images(folder / "images.txt")
     _check_images(folder, [(i, name, values[:4], values[4:]) for i, (name, values, _) in images.items()])
@@ -108,10 +112,10 @@ def _read_text_model(folder):
 
 
 def _read_images(path):
-    """What is in images.txt: {id: (name, 7 numbers, the image's two lines as they are for pycolmap)}.
+    """The contents of images.txt: {id: (name, 7 numbers, the image's two lines for pycolmap)}.
 
-    Raises UserError for a line that is neither an image nor the points of the one before it, an id that is listed
-    twice, and another number of images than the header says.
+    Raises UserError for a line that is neither an image nor the points of the image before it, for an id that is listed
+    twice, and for a number of images other than the header's.
     """
     images, places, problems, expected = {}, {}, [], None
     last = None  # the id of the image whose points are due
@@ -141,14 +145,14 @@ def _read_images(path):
     if problems:
         raise UserError(f"{path}: {first_five(problems)}")
     if expected not in (None, len(images)):
-        raise UserError(f"{path}: {len(images)} images, but its header says {expected}; mend the one that is wrong")
+        raise UserError(f"{path}: {len(images)} images, but its header says {expected}; fix the one that is wrong")
     return images
 
 
 def _read_image(line, doubtful):
-    """An image's line in images.txt: (id, name, 7 numbers, the fields before the name), or None for another line.
+    """The image of a line in images.txt: (id, name, 7 numbers, the fields before the name), or None for another line.
 
-    doubtful: whether points are due, so that the line might be damaged ones.
+    doubtful: whether points are due, so that the line may be damaged points.
     """
     try:
         *fields, name = line.split(maxsplit=9)
@@ -164,21 +168,22 @@ def _read_image(line, doubtful):
 
 
 def _is_points(fields):
+    """Whether the fields of a line are points: X Y POINT3D_ID ..."""
     return len(fields) % 3 == 0 and _are_all(int, fields[2::3]) and _are_all(float, fields)
 
 
 def _are_all(kind, fields):
-    """Whether all texts are numbers of the type `kind`. They may be very many."""
+    """Whether all texts are numbers of the type `kind`."""
     try:
         list(map(kind, fields))
     except ValueError:
         return False
-    text = "".join(fields)
+    text = "".join(fields)  # one check for all: there may be very many
     return text.isascii() and "_" not in text
 
 
 def _check_images(folder, images):
-    """Raise UserError for images, as _registered_images gives them, that cannot be in a label file."""
+    """Raise UserError for images, as _registered_images returns them, that cannot be in a label file."""
     problems, listed = [], {}
     for i, name, quaternion, translation in images:
         if not (np.isfinite([*quaternion, *translation]).all() and np.linalg.norm(quaternion) > 1e-6):
@@ -196,14 +201,15 @@ def _check_images(folder, images):
 
 
 def _camera_pose(quaternion, translation):
-    """A pose of a world-to-camera quaternion and translation."""
-    rotation = quat2mat(quaternion)  # of the normalised quaternion
+    """The pose, 7 numbers, of a camera with a world-to-camera quaternion and translation."""
+    rotation = quat2mat(quaternion)  # normalises
     return [float(value) for value in (*(-rotation.T @ translation), *mat2quat(rotation.T))]
 
 
 def _check_whole(path):
-    """Raise UserError for a binary file of a COLMAP model that ends early: pycolmap would read on, for ever or with made-up
-    poses. The layout is that of COLMAP's reconstruction_io_binary.cc.
+    """Raise UserError for a binary file of a COLMAP model that ends early.
+
+    pycolmap would read on, without end or with wrong poses. The layout is that of COLMAP's reconstruction_io_binary.cc.
     """
     with open(path, "rb") as file:
         def number(layout):
@@ -240,12 +246,14 @@ def _check_whole(path):
 
 
 def _every(text):
+    """The value of --every."""
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 2")
     return int(text)
 
 
 def main():
+    """Write the label files that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m datasets.prepare_colmap",
                                      description="Turn a COLMAP model into label files.")
     parser.add_argument("model", metavar="MODEL", help="the model's folder, such as sparse/0")
@@ -254,20 +262,22 @@ def main():
     parser.add_argument("--scene", metavar="NAME", help="the scene's name (default: that of the LABELS folder)")
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--test_sequences", metavar="NAME", nargs="+",
-                       help="the folders in the images' names that are for testing (default: none, see --every)")
+                       help="the folders, in the images' names, whose images are for testing (default: none, see "
+                            "--every)")
     split.add_argument("--every", metavar="N", type=_every, default=DEFAULT_EVERY,
                        help=f"every N-th image of a sequence is for testing (default: {DEFAULT_EVERY})")
     args = parser.parse_args()
     scene = Path(args.labels_path).resolve().name if args.scene is None else args.scene
     if not scene.strip() or "/" in scene:
-        raise UserError(f"--scene '{scene}': not a scene's name; it becomes a part of the files' names")
+        raise UserError(f"--scene '{scene}': not a scene's name; it becomes part of the files' names")
 
     frames = read_model(args.model)
     if args.test_sequences:
-        sequences = sorted({_sequence(name) for name, _ in frames}, key=natural)
+        sequences = sorted({_sequence(name) for name, _ in frames}, key=natural_key)
         for name in args.test_sequences:
             if name not in sequences:
-                raise UserError(f"--test_sequences {name}: no such sequence in {args.model}; it has {', '.join(sequences)}")
+                raise UserError(f"--test_sequences {name}: no such sequence in {args.model}; "
+                                f"it has {', '.join(sequences)}")
         table = label_table(frames, scene, lambda sequence, number: sequence in args.test_sequences)
     else:
         table = label_table(frames, scene, lambda sequence, number: number % args.every == 0)
@@ -283,6 +293,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from util import cli
-
     cli.run(main)

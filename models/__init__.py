@@ -1,9 +1,13 @@
-"""Absolute pose regressors (APRs) and camera pose auto-encoders (PAEs)."""
+"""Absolute pose regressors (APRs) and camera pose auto-encoders (PAEs): names, and functions to build and run them."""
 
 APR_NAMES = ("posenet", "ms-transposenet", "ems-transposenet")
-# The APRs that return latents, which a PAE or a refiner needs; the published ms-transposenet returns none.
+# The APRs that return latents, which PAEs and refinement need. The published ms-transposenet returns none.
 SINGLE_SCENE_APRS = ("posenet",)
 MULTI_SCENE_APRS = ("ems-transposenet",)
+# The solvers of `main_refine_apr.py optimize`, see models/refinement.py.
+SOLVERS = ("linear", "inversion", "mlp", "simplex")
+# The solvers that need the noise covariance, which only PAEs trained here hold.
+SOLVERS_WITH_NOISE = ("linear", "inversion")
 
 
 def get_model(model_name, backbone_path, config):
@@ -14,28 +18,30 @@ def get_model(model_name, backbone_path, config):
     config: mapping with the model's hyper-parameters, as in a section of config.json.
 
     Every APR takes {'img': N x 3 x H x W, 'scene': N scene indices or None} and returns {'pose': N x 7,
-    'latent_x': N x hidden_dim, 'latent_q': N x hidden_dim}; multi-scene models add 'scene_log_distr': N x num_scenes,
-    and ms-transposenet has no latents.
+    'latent_x': N x hidden_dim, 'latent_q': N x hidden_dim}. Multi-scene models add 'scene_log_distr': N x num_scenes.
+    ms-transposenet returns no latents.
 
-    Raises UserError for an unknown name or weights that cannot be used.
+    Raises UserError for an unknown name and for weights that cannot be used.
     """
     # Imported here, so that the scripts answer -h before PyTorch is loaded.
     from models.ms_transformer import EMSTransPoseNet, MSTransPoseNet
     from models.posenet import PoseNet
+    from util.config import Config
     from util.errors import UserError
 
     classes = dict(zip(APR_NAMES, (PoseNet, MSTransPoseNet, EMSTransPoseNet)))
     if model_name not in classes:
         raise UserError(f"unknown model '{model_name}': choose one of {', '.join(APR_NAMES)}")
-    return classes[model_name](config, backbone_path)
+    return classes[model_name](Config(config), backbone_path)
 
 
 def load_apr(model_name, backbone_path, config, checkpoint_path=None):
-    """`get_model`, filled from a checkpoint where one is given; the checkpoint brings the backbone then.
+    """Build an APR with `get_model`, and fill it from a checkpoint if one is given.
 
-    The numbers of layers are the checkpoint's, whatever the config says. Its convolutions run channels-last, which takes
-    a CPU about half the time. Raises UserError where anything else that the checkpoint's tensors determine disagrees with
-    the config.
+    The checkpoint then also fills the backbone, and its numbers of layers replace those of `config`. The convolutions
+    run channels-last, which takes a CPU about half the time.
+
+    Raises UserError if the checkpoint's tensors disagree with the config in anything but the numbers of layers.
     """
     import logging
 
@@ -62,34 +68,55 @@ def load_apr(model_name, backbone_path, config, checkpoint_path=None):
 
 
 def set_origin(apr, origin):
-    """Let an APR keep the origin, 3 numbers, that its positions are relative to; for None it has none, as published APRs.
+    """Set the origin that an APR's positions are relative to: 3 numbers in metres, or None for none, as published APRs.
 
-    It is for positions far from the coordinates' own origin, such as UTM's. The APR's `origin` is then a part of its
-    weights, 3 numbers (float64), and whoever shows its positions adds it; losses, PAEs and refinement work without it.
+    An origin is for positions far from 0, such as UTM coordinates. It becomes a part of the APR's weights (`origin`,
+    float64). Code that shows positions adds it. Losses, PAEs and refinement work without it.
     """
     import torch
 
-    apr.origin = None if origin is None else torch.as_tensor(origin, dtype=torch.double, device=next(apr.parameters()).device)
+    device = next(apr.parameters()).device
+    apr.origin = None if origin is None else torch.as_tensor(origin, dtype=torch.double, device=device)
 
 
 def build_pose_encoder(model_name, config, checkpoint_path=None):
-    """The PAE for an APR of SINGLE_SCENE_APRS or MULTI_SCENE_APRS, filled from a checkpoint where one is given, whose
-    octaves count then.
+    """Build the PAE for an APR of SINGLE_SCENE_APRS or MULTI_SCENE_APRS, and fill it from a checkpoint if one is given.
 
-    Raises UserError where anything else that the checkpoint's tensors determine disagrees with the config.
+    The checkpoint's number of octaves replaces that of `config`.
+
+    Raises UserError if the checkpoint's tensors disagree with the config in anything but the octaves.
     """
     from models.checkpoints import describe, fill, read_checkpoint
-    from models.pose_encoder import OCTAVES, MultiScenePoseEncoder, PoseEncoder
+    from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
+    from util.config import DEFAULTS, Config
 
     multi_scene = model_name in MULTI_SCENE_APRS
-    config = {"shallow_mlp": False, "apply_positional_encoding": True, "octaves": OCTAVES, **config}
+    config = Config(config)
     if checkpoint_path is not None:
         weights = read_checkpoint(checkpoint_path, "multi-scene PAE" if multi_scene else "single-scene PAE", config)
-        config["octaves"] = describe(weights).get("octaves", OCTAVES)
+        config["octaves"] = describe(weights).get("octaves", DEFAULTS["octaves"])
+    encoder_dim, shallow_mlp, octaves = config["hidden_dim"], config["shallow_mlp"], config["octaves"]
     if multi_scene:
-        encoder = MultiScenePoseEncoder(config["hidden_dim"], config["num_scenes"], config["shallow_mlp"], config["octaves"])
+        encoder = MultiScenePoseEncoder(encoder_dim, config["num_scenes"], shallow_mlp, octaves)
     else:
-        encoder = PoseEncoder(config["hidden_dim"], config["apply_positional_encoding"], config["shallow_mlp"], config["octaves"])
+        encoder = PoseEncoder(encoder_dim, config["apply_positional_encoding"], shallow_mlp, octaves)
     if checkpoint_path is not None:
         fill(checkpoint_path, encoder, weights)
     return encoder
+
+
+def infer(apr, img):
+    """Return an APR's outputs for images of unknown scene, N x 3 x H x W.
+
+    For multi-scene models they include 'scene': N, the index of the most likely scene.
+    """
+    result = apr({"img": img, "scene": None})
+    if "scene_log_distr" in result:
+        result["scene"] = result["scene_log_distr"].argmax(dim=1)
+    return result
+
+
+def freeze(*modules):
+    """Put modules into eval mode and turn the gradients of their parameters off."""
+    for module in modules:
+        module.eval().requires_grad_(False)

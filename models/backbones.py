@@ -1,7 +1,7 @@
-"""The convolutional backbones: build them, fill them with weights, and take feature maps from them.
+"""The convolutional backbones: build them, fill them with weights, and compute feature maps with them.
 
-Module names follow the published checkpoints: ResNet-50 and MobileNetV2 are `Sequential`s of torchvision's children
-without the classifier, EfficientNet-B0 is efficientnet-pytorch's whole network.
+Module names follow the published checkpoints. ResNet-50 and MobileNetV2 are `Sequential`s of torchvision's children
+without the classifier. EfficientNet-B0 is the whole network of efficientnet-pytorch.
 """
 import os
 import sys
@@ -9,15 +9,16 @@ import sys
 import torch
 import torchvision
 from efficientnet_pytorch import EfficientNet
-from efficientnet_pytorch.utils import Conv2dStaticSamePadding, url_map
+from efficientnet_pytorch.utils import url_map
 from torch import nn
 
 from models.checkpoints import check_numbers, read_module_tensors
+from models.cpu import avoid_slow_bf16
 from util.errors import UserError
 
-# type: feature channels
+# Backbone type: channels of its last feature map.
 FEATURES = {"efficientnet": 1280, "resnet50": 2048, "mobilenet": 1280}
-# EfficientNet-B0 endpoint: (blocks up to it, channels); 1/8 and 1/16 of the image's resolution
+# Endpoint of EfficientNet-B0: (number of blocks up to it, channels). Resolutions are 1/8 and 1/16 of the image's.
 ENDPOINTS = {"reduction_3": (5, 40), "reduction_4": (11, 112)}
 
 _BUILDERS = {
@@ -30,7 +31,8 @@ _IMAGENET_URLS = {
     "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url,
     "mobilenet": torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url,
 }
-_CLASSIFIERS = ("_fc.", "fc.", "classifier.")  # not used here, so that a file may lack them or hold other classes
+# Prefixes of the classifiers. They are not used here: a file may lack them, or hold them for other classes.
+_CLASSIFIERS = ("_fc.", "fc.", "classifier.")
 
 
 def check_backbone_path(backbone_path):
@@ -40,14 +42,14 @@ def check_backbone_path(backbone_path):
 
 
 def build_backbone(backbone_type, backbone_path):
-    """Build a backbone and fill it.
+    """Build a backbone and fill it with weights.
 
     backbone_type: 'efficientnet', 'resnet50' or 'mobilenet'.
     backbone_path: a state dict of torchvision or efficientnet-pytorch, the published pickled EfficientNet, 'imagenet'
-        (the library's pretrained weights, downloaded once into PyTorch's hub cache) or 'none' (random).
+        (the library's pretrained weights, downloaded once into PyTorch's hub cache) or 'none' (random weights).
 
-    Returns a module whose `feature_map(module, img)` is N x FEATURES[backbone_type] x h x w. Raises UserError for an
-    unknown type or a file that does not fit.
+    Returns a module for `feature_map`, with FEATURES[backbone_type] channels. Raises UserError for an unknown type and
+    for a file that does not fit.
     """
     if backbone_type not in _BUILDERS:
         raise UserError(f"unknown backbone_type '{backbone_type}': choose one of {', '.join(_BUILDERS)}")
@@ -58,10 +60,7 @@ def build_backbone(backbone_type, backbone_path):
     elif backbone_path != "none":
         _fill(network, read_module_tensors(backbone_path), backbone_type, backbone_path)
 
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1 \
-                and (module.stride[0] > 1 or module.kernel_size[0] > 3):
-            module.__class__ = _SlowInBf16Same if isinstance(module, Conv2dStaticSamePadding) else _SlowInBf16
+    avoid_slow_bf16(network)
     if backbone_type == "resnet50":
         return nn.Sequential(*list(network.children())[:-2])
     if backbone_type == "mobilenet":
@@ -70,29 +69,15 @@ def build_backbone(backbone_type, backbone_path):
 
 
 def feature_map(backbone, img):
-    """The last feature map of a backbone: N x 3 x H x W -> N x C x H/32 x W/32."""
+    """Return the last feature map of a backbone: N x 3 x H x W -> N x C x H/32 x W/32."""
     return backbone.extract_features(img) if isinstance(backbone, EfficientNet) else backbone(img)
-
-
-class _SlowInBf16(nn.Conv2d):
-    """A depthwise convolution that is strided or larger than 3 x 3: its bf16 gradient is three to ten times slower than the
-    fp32 one on a CPU (oneDNN), so that a CPU trains it in fp32."""
-
-    def forward(self, x):
-        if x.device.type != "cpu" or not (torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")):
-            return super().forward(x)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float()).to(x.dtype)
-
-
-class _SlowInBf16Same(_SlowInBf16, Conv2dStaticSamePadding):
-    """The same with EfficientNet's padding."""
 
 
 class EndpointBackbone(nn.Module):
     """EfficientNet-B0 that returns intermediate feature maps, for MS-Transformer.
 
-    forward: N x 3 x H x W -> a feature map an endpoint name, N x C x H/s x W/s. The trunk stops after the last one.
+    forward(N x 3 x H x W) -> list of feature maps N x C x H/s x W/s, one per endpoint. Blocks after the last endpoint
+    are not run.
     """
 
     def __init__(self, endpoints, backbone_path):
@@ -116,25 +101,36 @@ class EndpointBackbone(nn.Module):
 
 
 def _download(url):
+    """Return the state dict at an address, from PyTorch's hub cache if it is there. Raises UserError."""
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=sys.stderr.isatty(), check_hash=True,
-                                                  weights_only=True)
-    except Exception as error:  # the network's, the hash's, or a damaged file's in the cache
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=sys.stderr.isatty(),
+                                                  check_hash=True, weights_only=True)
+    except Exception as error:  # no network, a wrong hash, or a damaged file in the cache
         raise UserError(f"imagenet: {url} could not be downloaded, or its copy under {torch.hub.get_dir()} is damaged "
                         f"({error}); give a weights file or 'none'") from error
 
 
 def _fill(network, tensors, backbone_type, source):
+    """Load a state dict into a network, except for its classifier.
+
+    Raises UserError, naming `source`, if it does not fit.
+    """
     own = network.state_dict()
     tensors = {key: value for key, value in tensors.items() if not key.startswith(_CLASSIFIERS)}
     expected = {key for key in own if not key.startswith(_CLASSIFIERS)}
-    # Files from before PyTorch 0.4.1 lack batch norm's counters, which nothing here reads.
+    # Files from before PyTorch 0.4.1 lack the counters of batch norm. Nothing here reads them.
     missing = [key for key in sorted(expected - set(tensors)) if not key.endswith("num_batches_tracked")]
     unexpected = sorted(set(tensors) - expected)
-    misshapen = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
-    if missing or unexpected or misshapen:
-        problem = (f"lacks {missing[0]}" if missing else f"holds {unexpected[0]}" if unexpected else
-                   f"has {tuple(tensors[misshapen[0]].shape)} for {misshapen[0]}, not {tuple(own[misshapen[0]].shape)}")
+    reshaped = [key for key in tensors if key in own and tensors[key].shape != own[key].shape]
+    problem = None
+    if missing:
+        problem = f"lacks {missing[0]}"
+    elif unexpected:
+        problem = f"holds {unexpected[0]}"
+    elif reshaped:
+        key = reshaped[0]
+        problem = f"has {tuple(tensors[key].shape)} for {key}, not {tuple(own[key].shape)}"
+    if problem:
         raise UserError(f"{source}: not the weights of a {backbone_type} backbone: it {problem}")
     check_numbers(source, tensors, own)
     network.load_state_dict(tensors, strict=False)

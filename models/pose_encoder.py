@@ -1,28 +1,37 @@
-"""Camera pose auto-encoders (Shavit & Keller, ECCV 2022, arXiv 2207.05530, section 3): poses into an APR's latents."""
+"""Camera pose auto-encoders (PAEs): MLPs that encode a pose into the latents that an APR computes from its image.
+
+Shavit & Keller, ECCV 2022, arXiv 2207.05530, section 3.
+"""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from util.config import DEFAULTS
 from util.rotations import mean_quaternion, on_side_of
 
-OCTAVES = 6  # of published PAEs
+OCTAVES = DEFAULTS["octaves"]  # of published PAEs
 
 
 def fourier_features(values, octaves=OCTAVES):
-    """v, sin(2^0 v), cos(2^0 v), sin(2^1 v), ...: N x D -> N x (2 octaves + 1) D (Mildenhall et al., ECCV 2020, eq. 4,
-    without pi)."""
+    """Return v, sin(2^0 v), cos(2^0 v), sin(2^1 v), ... of values v: N x D -> N x (2 octaves + 1) D.
+
+    Mildenhall et al., ECCV 2020, eq. 4, without pi.
+    """
     angles = values.unsqueeze(1) * 2.0 ** torch.arange(octaves, device=values.device, dtype=values.dtype).unsqueeze(1)
     return torch.cat((values, torch.stack((angles.sin(), angles.cos()), dim=2).flatten(1)), dim=1)
 
 
 class _PoseEncoder(nn.Module):
-    """What both PAEs share: two MLPs, how poses come to them, and the version of the file.
+    """What both PAEs share: two MLPs, how poses are prepared for them, and the versions of their files.
 
-    A file of ours (state-dict version 3) holds, per scene, the centre and the scale of the training positions and the mean
-    orientation: positions are encoded relative to them, quaternions as units of the mean's sign. It also holds
-    `noise`, the covariance of the APR's latents (position's, then orientation's) around the encodings of their frames'
-    poses, 2 encoder_dim x 2 encoder_dim; and `apr`, the fingerprint of that APR. Version 2, without these, encodes the unit quaternion and the position in metres. A
-    published PAE (version 1 or none) was trained on the APR's raw estimate, and gets what it is given.
+    The version of a PAE's file says which poses the PAE was trained on:
+
+    3 (ours): positions relative to the scene's centre and scale, unit quaternions with the sign nearer to the scene's
+      mean orientation. Beside these three, the file holds `noise` (2 encoder_dim x 2 encoder_dim), the covariance of
+      the APR's latents (position's, then orientation's) around the encodings of their frames' poses, and `apr`, the
+      fingerprint of that APR.
+    2 (ours, earlier): positions in metres, unit quaternions.
+    1 or none (published): the APR's raw estimate, whose quaternion is not normalised.
     """
 
     _version = 3
@@ -36,30 +45,37 @@ class _PoseEncoder(nn.Module):
         self.register_buffer("scale", torch.ones(num_scenes))
         self.register_buffer("mean_orientation", torch.zeros(num_scenes, 4))
         self.register_buffer("noise", torch.zeros(2 * encoder_dim, 2 * encoder_dim))
-        self.register_buffer("apr", torch.zeros(16, dtype=torch.uint8))  # unknown
+        self.register_buffer("apr", torch.zeros(16, dtype=torch.uint8))  # zeros: unknown
 
     @property
     def takes_unit_quaternions(self):
+        """Whether the PAE was trained on unit quaternions. A published one was trained on raw estimates."""
         return self._version >= 2
 
     def fit_poses(self, poses, scenes):
-        """Take centre, scale and mean orientation of the training poses, N x 7, of scenes, N: as the APR tells them, and so as
-        the PAE will be asked; medians, because a few are told wrong, and label files have outliers."""
+        """Set every scene's centre, scale and mean orientation.
+
+        poses: N x 7, the true training poses. scenes: N, the scene indices that the APR estimates, as in tests.
+        Centre and scale are medians, because label files have outliers, and because a few estimated scenes are wrong.
+        """
         for scene in scenes.unique():
             of_scene = poses[scenes == scene].double()
             self.centre[scene] = of_scene[:, :3].median(dim=0).values
             spread = (of_scene[:, :3] - self.centre[scene]).norm(dim=1).median()
-            self.scale[scene] = spread if spread > 0 else 1  # a single position keeps metres
+            self.scale[scene] = spread if spread > 0 else 1  # if all positions are the same, they stay in metres
             self.mean_orientation[scene] = mean_quaternion(of_scene[:, 3:])
 
     @torch.no_grad()
     def fit_noise(self, poses, scenes, latents):
-        """Take the covariance of latents, N x 2 encoder_dim, around the encodings of their frames' poses."""
+        """Set `noise` to the covariance of latents, N x 2 encoder_dim, around the encodings of their frames' poses.
+
+        poses: N x 7; scenes: N scene indices.
+        """
         residuals = latents - torch.cat(self(poses, scenes), dim=1)
         self.noise.copy_(residuals.T @ residuals / len(residuals))
 
     def inputs(self, pose, scene):
-        """Position and orientation as this PAE was trained to see them: N x 7, N scene indices -> N x 3, N x 4."""
+        """Return positions and quaternions as this PAE was trained on them: N x 7, N scene indices -> N x 3, N x 4."""
         position, orientation = pose[:, :3], pose[:, 3:]
         if not self.takes_unit_quaternions:
             return position, orientation
@@ -67,33 +83,40 @@ class _PoseEncoder(nn.Module):
         return position, on_side_of(F.normalize(orientation, dim=1), self.mean_orientation[scene])
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        # On the instance, so that saving a published PAE again keeps saying what it is.
+        # Set on the instance, so that a published PAE that is saved again keeps its version.
         self._version = local_metadata.get("version") or (3 if f"{prefix}centre" in state_dict else 1)
         for name, buffer in self.named_buffers():
-            if self._version < 3 or name == "apr":  # which earlier files of version 3 lack
+            if self._version < 3 or name == "apr":  # earlier files of version 3 lack `apr`
                 state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 class PoseEncoder(_PoseEncoder):
-    """PAE of a single-scene APR. forward(pose N x 7) -> latent_x, latent_q, N x encoder_dim each; a scene is ignored.
+    """PAE of a single-scene APR. forward(pose N x 7) -> latent_x, latent_q, N x encoder_dim each.
 
-    apply_positional_encoding: give the MLPs Fourier features, of so many octaves, instead of the pose itself.
+    apply_positional_encoding: whether the MLPs take Fourier features of the pose, of `octaves` octaves, or the pose.
     shallow_mlp: one hidden layer instead of three.
+
+    forward ignores its second argument, a scene, so that both PAEs are called alike.
     """
 
     def __init__(self, encoder_dim, apply_positional_encoding=True, shallow_mlp=False, octaves=OCTAVES):
         self.octaves = octaves if apply_positional_encoding else 0
-        n_features = 2 * self.octaves + 1  # of one number
+        n_features = 2 * self.octaves + 1  # per number
         super().__init__(3 * n_features, 4 * n_features, encoder_dim, shallow_mlp)
 
     def forward(self, pose, scene=None):
-        position, orientation = self.inputs(pose, torch.zeros(len(pose), dtype=torch.long, device=pose.device))
-        return self.x_encoder(fourier_features(position, self.octaves)), self.q_encoder(fourier_features(orientation, self.octaves))
+        parts = self.inputs(pose, torch.zeros(len(pose), dtype=torch.long, device=pose.device))
+        position, orientation = (fourier_features(part, self.octaves) for part in parts)
+        return self.x_encoder(position), self.q_encoder(orientation)
 
 
 class MultiScenePoseEncoder(_PoseEncoder):
-    """PAE of a multi-scene APR. forward(pose N x 7, scene index N or N x 1) -> latent_x, latent_q, N x encoder_dim."""
+    """PAE of a multi-scene APR.
+
+    forward(pose N x 7, scene index N or N x 1) -> latent_x, latent_q, N x encoder_dim each. The MLPs take the Fourier
+    features of the pose, then those of the scene index.
+    """
 
     def __init__(self, encoder_dim, num_scenes, shallow_mlp=False, octaves=OCTAVES):
         self.octaves = octaves
@@ -104,11 +127,12 @@ class MultiScenePoseEncoder(_PoseEncoder):
         scene = scene.reshape(-1).long()
         parts = (*self.inputs(pose, scene), scene.unsqueeze(1).to(pose.dtype))
         position, orientation, scene = (fourier_features(part, self.octaves) for part in parts)
-        return self.x_encoder(torch.cat((position, scene), dim=1)), self.q_encoder(torch.cat((orientation, scene), dim=1))
+        return (self.x_encoder(torch.cat((position, scene), dim=1)),
+                self.q_encoder(torch.cat((orientation, scene), dim=1)))
 
 
 def _mlp(*dims):
-    """Linear layers with ReLU between them, Xavier uniform."""
+    """Return linear layers of these sizes with ReLU between them, initialised Xavier uniform."""
     layers = []
     for in_dim, out_dim in zip(dims, dims[1:]):
         layers += [nn.Linear(in_dim, out_dim), nn.ReLU()]

@@ -1,8 +1,9 @@
-"""The learned refiner: a correction of an APR's pose from the APR's own latents.
+"""The learned refiner: an MLP that corrects an APR's pose, given the APR's own latents.
 
-The published refiner cannot run (it declares 512 inputs and is given 1024). Its idea, from a query's latents and the encoding
-of a reference pose near it to the pose between, makes poses worse on walks that the training has not seen, and applying a
-refiner again to its own output does too; the query's latents alone, with strong dropout, make them better.
+The published refiner cannot run: it declares 512 inputs and is given 1024. Its idea was to regress the pose between the
+query and a near reference from the query's latents and the reference's encoding. On walks that the training has not
+seen, that makes poses worse. Applying a refiner again to its own output does too. The query's latents alone, with
+strong dropout, make poses better.
 """
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,10 @@ from util.rotations import multiply_quaternions
 
 
 class PoseRefiner(nn.Module):
-    """forward(latents N x 2 latent_dim, pose N x 7) -> pose N x 7.
+    """forward(latents N x 2 latent_dim, pose N x 7) -> pose N x 7 with a unit quaternion, scalar first.
 
-    Latents are position and orientation concatenated, the pose is the APR's. The network regresses a translation and a
-    rotation that is applied after the pose's; untrained, it returns the pose. The quaternion is unit, scalar first.
+    The latents (position's, then orientation's) and the pose are the APR's. The network regresses a translation and a
+    rotation, which is applied after the pose's rotation. Before training, it returns the APR's pose.
     """
 
     def __init__(self, latent_dim, dropout=0.2):
@@ -35,16 +36,20 @@ class PoseRefiner(nn.Module):
         nn.init.ones_(self.q_reg.bias[:1])
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        state_dict.setdefault(f"{prefix}apr", self.apr)  # which earlier files lack
+        state_dict.setdefault(f"{prefix}apr", self.apr)  # earlier files lack it
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def fit_inputs(self, latents, estimates, poses):
-        """Take the mean and the standard deviation of the latents, N x 2 latent_dim, and the median distance of the APR's
-        estimates from the true poses, N x 7, in whose units the translation is regressed."""
+        """Set what normalises inputs and outputs, from training frames.
+
+        latents: N x 2 latent_dim, whose mean and standard deviation are kept. estimates, poses: N x 7, the APR's
+        estimates and the true poses. The median distance between their positions is the unit of the translation.
+        """
         self.mean.copy_(latents.mean(dim=0))
         deviation = latents.std(dim=0, correction=0)
-        # Many latents are 0 for every frame.
-        self.deviation.copy_(deviation.clamp(min=0.1 * deviation.max()) if deviation.any() else torch.ones_like(deviation))
+        # Many latents are 0 for every frame, so deviations have a lower bound.
+        self.deviation.copy_(deviation.clamp(min=0.1 * deviation.max()) if deviation.any()
+                             else torch.ones_like(deviation))
         distance = (estimates[:, :3] - poses[:, :3]).norm(dim=1).median()
         self.spread.copy_(distance if distance > 0 else torch.ones(()))
 

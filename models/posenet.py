@@ -1,5 +1,7 @@
-"""PoseNet: a convolutional backbone, average pooling and two small heads (Kendall et al., ICCV 2015; the variant of
-Shavit & Keller, ECCV 2022, section 4)."""
+"""PoseNet: a convolutional backbone, average pooling and two small heads (Kendall et al., ICCV 2015).
+
+This is the variant of Shavit & Keller, ECCV 2022, arXiv 2207.05530, section 4.
+"""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,10 +11,12 @@ from models.precision import autocast
 
 
 class PoseNet(nn.Module):
-    """forward({'img': N x 3 x H x W}) -> {'pose': N x 7, 'latent_x': N x hidden_dim, 'latent_q': N x hidden_dim}.
+    """A single-scene APR.
 
-    The pose is a position in metres and a quaternion, scalar first, that is not normalised. The latents are those that
-    the position head and the orientation head read, before dropout.
+    forward({'img': N x 3 x H x W}) -> {'pose': N x 7, 'latent_x': N x hidden_dim, 'latent_q': N x hidden_dim}.
+
+    The pose is a position in metres and a quaternion, scalar first, that is not normalised. The latents are what the
+    position head and the orientation head read, before dropout.
     """
 
     def __init__(self, config, backbone_path):
@@ -23,7 +27,7 @@ class PoseNet(nn.Module):
         self.q_latent_fc = nn.Linear(FEATURES[backbone_type], hidden_dim)
         self.x_reg = nn.Linear(hidden_dim, 3)
         self.q_reg = nn.Linear(hidden_dim, 4)
-        self.precision = config.get("precision", "fp32")
+        self.precision = config["precision"]
         self.dropout = nn.Dropout(p=0.1)
         self.register_buffer("origin", None)  # see models.set_origin
         for linear in (self.x_latent_fc, self.q_latent_fc, self.x_reg, self.q_reg):
@@ -33,11 +37,11 @@ class PoseNet(nn.Module):
         with autocast(self.precision, data["img"].device):
             features = feature_map(self.backbone, data["img"])
         features = features.float().mean(dim=(2, 3))
-        # Crossed: the published checkpoints were trained so.
+        # The two layers are crossed, because the published checkpoints were trained so.
         latent_q = F.relu(self.x_latent_fc(features))
         latent_x = F.relu(self.q_latent_fc(features))
         return {"pose": self.regress(latent_x, latent_q), "latent_x": latent_x, "latent_q": latent_q}
 
     def regress(self, latent_x, latent_q):
-        """The pose that the heads read from latents: two of N x hidden_dim -> N x 7."""
+        """Return the poses that the heads regress from latents: N x hidden_dim, N x hidden_dim -> N x 7."""
         return torch.cat((self.x_reg(self.dropout(latent_x)), self.q_reg(self.dropout(latent_q))), dim=1)

@@ -1,4 +1,4 @@
-"""The precision that networks compute in: fp32, bf16 or fp16, or the best of them for a device."""
+"""The precision that networks compute in: fp32, bf16, fp16, or auto for the fastest on a device."""
 import functools
 import re
 
@@ -8,17 +8,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(precision, device):
-    """The precision to train in, 'fp32', 'bf16' or 'fp16', for the config's `precision`.
+    """Return the precision to train in, 'fp32', 'bf16' or 'fp16', for the config's `precision`.
 
-    auto is bf16 where the device computes with it (CUDA since compute capability 8.0, CPUs with AVX512-BF16 or AMX), fp16
-    on CUDA of 7.0 to 7.5, else fp32.
+    'auto' becomes bf16 on devices that compute in it: GPUs of compute capability 8.0 or later, CPUs with AVX512-BF16 or
+    AMX. It becomes fp16 on GPUs of compute capability 7.0 to 7.5, and fp32 on all others.
     """
     return _fastest(device) if precision == "auto" else precision
 
 
 def autocast(precision, device):
-    """A context in which networks compute in a precision; auto, where nothing trains, is fp32, whose errors are the
-    published ones."""
+    """Return a context in which networks compute in a precision.
+
+    'auto' is fp32 here. A training resolves it first, and a test needs fp32 for the published errors.
+    """
     dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
@@ -31,5 +33,5 @@ def _fastest(device):
     try:
         with open("/proc/cpuinfo") as file:
             return "bf16" if re.search(r"\b(avx512_bf16|amx_bf16)\b", file.read()) else "fp32"
-    except OSError:  # another system
+    except OSError:  # not Linux
         return "fp32"

@@ -1,12 +1,20 @@
-"""The encoder-decoder of MS-Transformer: pre-norm, GELU, with positions added to queries and keys but never to values
-(Carion et al., ECCV 2020, supplement; Shavit, Ferens & Keller, ICCV 2021, section 3)."""
+"""The transformer of MS-Transformer: an encoder and a decoder, pre-norm, with GELU.
+
+Positions are added to queries and keys, never to values (Carion et al., ECCV 2020, supplement; Shavit, Ferens & Keller,
+ICCV 2021, section 3).
+"""
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.cpu import Dropout, drop_values
+
 
 class LearnedPositions(nn.Module):
-    """Learned two-dimensional positions: feature map N x C x H x W -> H*W x channels, the column part first."""
+    """Learned two-dimensional position encodings, with the column part first.
+
+    forward(feature map N x C x H x W) -> H*W x channels.
+    """
 
     def __init__(self, channels, size=50):
         super().__init__()
@@ -23,9 +31,9 @@ class LearnedPositions(nn.Module):
 
 
 class Transformer(nn.Module):
-    """forward(feature map N x C x H x W, queries S x C, positions H*W x C) -> N x S x C, a latent a query.
+    """Encoder and decoder. forward(feature map N x C x H x W, queries S x C, positions H*W x C) -> N x S x C.
 
-    Xavier uniform initialisation of every matrix.
+    The result is one latent per query. All matrices are initialised Xavier uniform.
     """
 
     def __init__(self, d_model, nhead, n_encoder_layers, n_decoder_layers, dim_feedforward, dropout):
@@ -51,7 +59,7 @@ class Transformer(nn.Module):
 
 
 class _Stack(nn.Module):
-    """Holds layers and their final norm under the published names."""
+    """Layers and their final norm, under the published names."""
 
     def __init__(self, layers):
         super().__init__()
@@ -59,7 +67,7 @@ class _Stack(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """forward(tokens N x L x C, positions L x C) -> N x L x C."""
+    """Self-attention and a feed-forward network. forward(tokens N x L x C, positions L x C) -> N x L x C."""
 
     def __init__(self, d_model, nhead, dim_feedforward, dropout):
         super().__init__()
@@ -79,8 +87,11 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(EncoderLayer):
-    """forward(target N x S x C, memory N x L x C, queries S x C, keys N x L x C) -> N x S x C; the keys are the memory with
-    its positions."""
+    """Self-attention, cross-attention and a feed-forward network.
+
+    forward(target N x S x C, memory N x L x C, queries S x C, keys N x L x C) -> N x S x C. The keys are the memory
+    plus its positions.
+    """
 
     def __init__(self, d_model, nhead, dim_feedforward, dropout):
         super().__init__(d_model, nhead, dim_feedforward, dropout)
@@ -94,32 +105,32 @@ class DecoderLayer(EncoderLayer):
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """forward(tokens N x L x C, added L x C) -> N x L x C: the tokens' attention to each other, with `added` on queries and
-    keys. PyTorch's parameters, without its masks and weights."""
+    """Attention of tokens to each other. forward(tokens N x L x C, added L x C) -> N x L x C.
+
+    `added` is added to queries and keys. The parameters are PyTorch's. Masks and returned weights are left out.
+    """
 
     def forward(self, tokens, added):
         weight_qk, weight_v = self.in_proj_weight.split((2 * self.embed_dim, self.embed_dim))
         bias_qk, bias_v = self.in_proj_bias.split((2 * self.embed_dim, self.embed_dim))
         query, key = F.linear(tokens + added, weight_qk, bias_qk).chunk(2, dim=2)
         value = F.linear(tokens, weight_v, bias_v)
-        query, key, value = (x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (query, key, value))
+        heads = (self.num_heads, self.head_dim)
+        query, key, value = (x.unflatten(2, heads).transpose(1, 2) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        if dropout and value.device.type == "cpu":
-            # Dropping single weights would need all of them at once, 784 x 784 a head, which takes a CPU five times as long
-            # as the attention itself. Dropping values instead has the same distribution for every query, only that the
-            # queries of a head drop the same tokens.
-            value = value * F.dropout(value.new_ones(value.shape[:3]), dropout).unsqueeze(3)
-            dropout = 0.0
+        if value.device.type == "cpu":
+            value, dropout = drop_values(value, dropout), 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.MultiheadAttention):
-    """forward(query N x S x C, keys N x L x C, values N x L x C) -> N x S x C: the attention of a few queries to many tokens.
+    """Attention of few queries to many tokens. forward(query N x S x C, keys N x L x C, values N x L x C) -> N x S x C.
 
-    The same numbers as PyTorch's, multiplied in another order: since S is a handful, the heads' key matrices are applied to
-    the queries and the value matrices to what was attended to, not to L tokens. The keys' bias adds the same to all
-    scores of a query and drops out of the softmax; the weights sum to one, so that the values' bias can be added afterwards.
+    The result is PyTorch's. Products are taken in another order: since S is much smaller than L, the heads' key
+    matrices are applied to the queries, and their value matrices to the attended tokens, not to all L tokens. The bias
+    of the keys adds the same number to all scores of a query, so the softmax cancels it. The weights sum to 1, so the
+    bias of the values can be added last.
     """
 
     def forward(self, query, keys, values):
@@ -132,15 +143,3 @@ class CrossAttention(nn.MultiheadAttention):
                                                   dropout_p=self.dropout if self.training else 0.0)
         attended = torch.einsum("nhsc,hdc->nshd", attended.unflatten(1, query.shape[1:3]), weight_v.unflatten(0, heads))
         return self.out_proj(attended.flatten(2) + bias_v)
-
-
-class Dropout(nn.Dropout):
-    """Dropout, on a CPU in a third of the time: 16 random bits an element rather than a random number."""
-
-    def forward(self, x):
-        if not (self.training and self.p) or x.device.type != "cpu":
-            return super().forward(x)
-        n_dropped = min(round(self.p * 2 ** 16), 2 ** 16 - 1)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-        keep = (bits[:x.numel()].view(x.shape) >= n_dropped - 2 ** 15).to(x.dtype)
-        return x * keep.mul_(1 / (1 - n_dropped / 2 ** 16))

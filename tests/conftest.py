@@ -1,16 +1,21 @@
 """What the tests share: small layouts of frames, and running the scripts."""
 import contextlib
 import io
+import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from models import get_model
 from util import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +24,15 @@ MINI = SHARED / "data" / "7scenes_mini"
 PUBLISHED = SHARED / "data" / "published"
 COLUMNS = "scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4"
 
-needs_real_frames = pytest.mark.skipif(not MINI.is_dir(), reason="the real frames are not at hand")
+needs_real_frames = pytest.mark.skipif(not MINI.is_dir(), reason="the real frames are not available")
+
+
+@pytest.fixture(scope="module")
+def small_frames():
+    """Crop frames to 64 x 64 pixels instead of 224 x 224, for tests that do not depend on what a network computes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.transforms.SIZE", 64)
+        yield
 
 
 def write_scene(dataset, scene, n_frames, split, seed=0):
@@ -59,8 +72,8 @@ def run_well(*arguments, **kwargs):
 def run_here(script, *arguments):
     """Run a script within this process, which saves its imports; returns what it printed.
 
-    Its pictures are composed, but written blank: drawing them takes longer than most of these runs. test_plots.py draws all of
-    them, and so do runs of the scripts in processes of their own.
+    Its pictures are composed, but written blank: drawing them takes longer than most of these runs. test_plots.py draws
+    all of them, and so do runs of the scripts in processes of their own.
     """
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
@@ -70,12 +83,29 @@ def run_here(script, *arguments):
 
 
 def fails_here(script, *arguments):
-    """Run a script within this process that must fail; returns its exit status and the line on stderr, which must be one."""
+    """Run a script within this process that must fail with one line on stderr; returns its exit status and the line."""
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as stopped:
         run_here(script, *arguments)
     [line] = errors.getvalue().splitlines()
     return stopped.value.code, line
+
+
+@contextlib.contextmanager
+def signal_after_step(n, signum=signal.SIGTERM):
+    """Within the block, this process gets a signal after the n-th optimizer step that it takes."""
+    steps = []
+
+    def count(*args):
+        steps.append(1)
+        if len(steps) == n:
+            os.kill(os.getpid(), signum)
+
+    hook = register_optimizer_step_post_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def run_module_here(module, *arguments):
@@ -92,7 +122,29 @@ def run_module_here(module, *arguments):
 
 
 def weights_of(output):
-    """The weights that a training names in its last line."""
+    """The path of the weights that a training names in its last line."""
     last = output.rstrip().splitlines()[-1]
     assert last.startswith("Weights: "), last
     return Path(last.removeprefix("Weights: "))
+
+
+def same_weights(first, second):
+    """Whether two weights files hold equal tensors under the same names."""
+    first, second = torch.load(first), torch.load(second)
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def attic(tmp_path_factory, small_frames):
+    """A folder with a scene of six training and three test frames, and apr.pth, the weights of a PoseNet.
+
+    train.csv and test.csv list the frames, two.csv the first two training frames.
+    """
+    root = tmp_path_factory.mktemp("attic")
+    for split, n in (("train", 6), ("test", 3)):
+        write_labels(root / f"{split}.csv", write_scene(root, "attic", n, split))
+    (root / "two.csv").write_text("".join((root / "train.csv").read_text().splitlines(keepends=True)[:3]))
+    torch.manual_seed(0)
+    apr = get_model("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 16})
+    torch.save(apr.state_dict(), root / "apr.pth")
+    return root

@@ -12,9 +12,12 @@ import torch
 from conftest import write_labels, write_scene
 from PIL import Image
 
-from datasets.camera_poses import CameraPoseDataset, test_batches as ordered_batches, train_batches, train_transform
-from datasets.image_cache import read_image
+from datasets.camera_poses import CameraPoseDataset
+from datasets.images import read_image
 from datasets.labels import read_labels
+from datasets.loaders import test_batches as ordered_batches
+from datasets.loaders import train_batches
+from datasets.transforms import train_transform
 from util.errors import UserError
 
 
@@ -24,7 +27,8 @@ def write_png_16_bit(path, pixels, colour_type):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour_type, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
 
 
 COLOUR = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -83,7 +87,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(three_scenes):
     def views(epoch, n_workers, seed=3):
         dataset = CameraPoseDataset(*three_scenes, train_transform(), seed=seed)
         return {tuple(pose.tolist()): img for batch in train_batches(dataset, 3, n_workers, seed)(epoch)
-                for pose, img in zip(batch["pose"], batch["img"])}
+                for pose, img in zip(batch["pose"], batch["img"], strict=True)}
     torch.manual_seed(1)
     first = views(4, n_workers=0)
     torch.manual_seed(2)
@@ -116,28 +120,33 @@ def test_workers_hand_over_no_more_than_shared_memory_holds(three_scenes, monkey
 ROW = "a,train,s,a/1.png,1,2,3,1,0,0,0"
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path):
+def test_a_column_that_appears_twice_is_refused(tmp_path):
     (tmp_path / "labels.csv").write_text("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4, t1\n" + ROW + ",9\n")
-    with pytest.raises(UserError, match="labels.csv: column 't1' is there twice"):
+    with pytest.raises(UserError, match="labels.csv: column 't1' appears twice"):
         read_labels(tmp_path / "labels.csv")
 
 
 def test_cells_are_stripped_and_columns_without_a_name_ignored(tmp_path):
     header = "scene, split,seq ,img_path,,t1,t2,t3,q1,q2,q3,q4,,"
-    rows = ["a,train,s,a/1.png,x,1,2,3,1,0,0,0,,", " a , train,\ts, \"a/2.png\",y, 1 ,2\u00a0,3,1,0,0,0,z,,,", "a ,train,s,a/3.png,,1,2,3,1,0,0,0"]
+    rows = ["a,train,s,a/1.png,x,1,2,3,1,0,0,0,,", " a , train,\ts, \"a/2.png\",y, 1 ,2\u00a0,3,1,0,0,0,z,,,",
+            "a ,train,s,a/3.png,,1,2,3,1,0,0,0"]
     (tmp_path / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
     table = read_labels(tmp_path / "labels.csv")
-    assert table["scene"].tolist() == ["a"] * 3 and table["split"].tolist() == ["train"] * 3 and table["seq"].tolist() == ["s"] * 3
+    assert table["scene"].tolist() == ["a"] * 3 and table["split"].tolist() == ["train"] * 3
+    assert table["seq"].tolist() == ["s"] * 3
     assert table["img_path"].tolist() == ["a/1.png", "a/2.png", "a/3.png"]
     assert table.loc[:, "t1":"q4"].to_numpy().tolist() == [[1, 2, 3, 1, 0, 0, 0]] * 3
 
 
 @pytest.mark.parametrize("content, problem", [
-    ("scene;split;seq;img_path;t1;t2;t3;q1;q2;q3;q4\na;train;s;a/1.png;1;2;3;1;0;0;0\n", "separated by commas, not by semicolons"),
+    ("scene;split;seq;img_path;t1;t2;t3;q1;q2;q3;q4\na;train;s;a/1.png;1;2;3;1;0;0;0\n",
+     "separated by commas, not by semicolons"),
     ("scene\tsplit\tseq\timg_path\tt1\tt2\n", "separated by commas, not by tabs"),
-    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q3\n" + ROW, "column 'q3' is there twice"),
-    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + ROW.replace("a/1", '"a/1') + "\n" + ROW, "not a readable label file: unexpected end"),
-    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + ROW.replace("train", "tr\0in"), "row 2: has a byte of zero in it"),
+    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q3\n" + ROW, "column 'q3' appears twice"),
+    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + ROW.replace("a/1", '"a/1') + "\n" + ROW,
+     "not a readable label file: unexpected end"),
+    ("scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4\n" + ROW.replace("train", "tr\0in"),
+     "row 2: has a zero byte in it"),
 ])
 def test_a_table_of_another_kind_is_named(tmp_path, content, problem):
     (tmp_path / "labels.csv").write_text(content)

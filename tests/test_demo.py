@@ -1,20 +1,18 @@
 """`make demo`, in short: fewer frames and epochs, the same commands."""
-import contextlib
-import io
 import re
-import runpy
 import shlex
 import sys
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 import demo
+from engine.scripts import run_script
 
 
 @pytest.fixture
-def short_demo(tmp_path, monkeypatch):
+def short_demo(tmp_path, monkeypatch, small_frames):
     """The repository in a folder of its own, where the demo's commands are cut short behind the user's back."""
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name != "out":
@@ -29,37 +27,29 @@ def short_demo(tmp_path, monkeypatch):
         return run(*command, *more, *["n_epochs=1", "n_workers=0"] * ("--set" in command))
 
     monkeypatch.setattr(demo, "run", run_short)
+    monkeypatch.setattr(demo, "run_script", run_modules_alone)
     return tmp_path, commands
 
 
-class InThisProcess:
-    """In the place of subprocess.Popen, for a Python that runs a script or a module."""
-
-    def __init__(self, command, **kwargs):
-        _, *command = command
-        with contextlib.redirect_stdout(io.StringIO()) as output, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", command[command[0] == "-m":])
-            run = runpy.run_module if command[0] == "-m" else runpy.run_path
-            run(sys.argv[0], run_name="__main__")
-        self.stdout, self.returncode = output.getvalue().splitlines(keepends=True), 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+def run_modules_alone(*command, on_line):
+    """In the place of run_script: modules run in processes of their own, and scripts within this process."""
+    if command[0] == "-m":
+        return run_script(*command, on_line=on_line)
+    lines = run_here(*command).splitlines()
+    for line in lines:
+        on_line(f"{line}\n")
+    return lines
 
 
 @pytest.mark.parametrize("arguments, model, rooms", [([], "posenet", 1), (["--multiscene"], "ems-transposenet", 2)])
 def test_the_demo_ends_with_its_table_and_pictures(short_demo, monkeypatch, capfd, arguments, model, rooms):
     folder, commands = short_demo
-    if rooms == 2:  # as one room, whose processes are real, and without starting ten more
-        monkeypatch.setattr(demo.subprocess, "Popen", InThisProcess)
     monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
     demo.main()
     output = capfd.readouterr().out
     shown = [line for line in output.splitlines() if line.startswith("$ python ")]
-    assert [shlex.split(line)[2:2 + len(command)] for line, command in zip(shown, commands)] == [list(c) for c in commands]
+    words = [shlex.split(line)[2:] for line in shown]
+    assert [line[:len(command)] for line, command in zip(words, commands)] == list(map(list, commands))
     assert len(shown) == len(commands) == 2 + (1 + rooms) + (1 + rooms) + rooms
     assert "Pose error" not in output and "[Batch" not in output
 
@@ -73,8 +63,10 @@ def test_the_demo_ends_with_its_table_and_pictures(short_demo, monkeypatch, capf
     position = ["t1", "t2", "t3"]
     errors = []
     for scene in range(1, rooms + 1):
-        train, truth = (pd.read_csv(out / "labels" / f"abs_7scenes_pose.csv_room-{scene}_{split}.csv") for split in ("train", "test"))
+        train, truth = (pd.read_csv(out / "labels" / f"abs_7scenes_pose.csv_room-{scene}_{split}.csv")
+                        for split in ("train", "test"))
         errors += list(((truth[position] - train[position].mean()) ** 2).sum(axis=1) ** 0.5)
     assert table["training mean"].startswith(f"{pd.Series(errors).median():.3f} m")
     pictures = re.findall(r"\S+\.png", output.split("\nPictures of the APR's training and of the refined poses:\n")[1])
-    assert len(pictures) == 1 + 4 * rooms and all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert len(pictures) == 1 + 4 * rooms
+    assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)

@@ -1,4 +1,4 @@
-"""Every command of the three markdown files runs, on small layouts and for one epoch."""
+"""Every command of the example_cmd files runs, on small layouts and for one epoch."""
 import multiprocessing
 import os
 import re
@@ -10,54 +10,59 @@ import pytest
 import torch
 from conftest import ROOT, run_here, weights_of, write_labels, write_scene
 
-SCENES = {
-    "7Scenes": ("abs_7scenes_pose.csv", ["chess", "fire", "heads", "office", "pumpkin", "redkitchen", "stairs"]),
-    "CambridgeLandmarks": ("abs_cambridge_pose_sorted.csv", ["KingsCollege", "OldHospital", "ShopFacade", "StMarysChurch"]),
-}
-ALL_SCENES = {"7Scenes": "7scenes_all_scenes.csv", "CambridgeLandmarks": "cambridge_four_scenes.csv"}
+from datasets.official import DATASETS
+
+FILES = [ROOT / f"example_cmd_{name}.md" for name in (
+    "train_test_aprs", "train_test_pose_auto_encoders", "train_test_apr_with_auto_encoders_priors")]
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)  # language, text
 
 
-def commands(name):
-    text = (ROOT / f"example_cmd_{name}.md").read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    parsed = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
-    assert parsed and all(command[0] == "python" and command[1].endswith(".py") for command in parsed)
-    return parsed
+def commands(path):
+    """The commands in the blocks of a markdown file that name no language, a list of words per command."""
+    blocks = "".join(text for language, text in FENCED.findall(path.read_text()) if not language)
+    return [shlex.split(line) for line in blocks.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def run_command(folder, command, *settings):
+    """Run a documented command of a script, with settings before its own; returns what it printed.
+
+    folder: what /path/to stands for.
+    """
+    _, script, *arguments = [part.replace("/path/to/", f"{folder}/") for part in command]
+    arguments = ["none" if part == "imagenet" else ROOT / part if part == "config.json" else part for part in arguments]
+    at = arguments.index("--set") if "--set" in arguments else len(arguments)
+    return run_here(script, *arguments[:at], "--set", *settings, *arguments[at + 1:])
 
 
 @pytest.fixture(scope="module")
 def layouts(tmp_path_factory):
-    """The datasets and label files that the commands name, with two frames a scene and split."""
+    """The datasets and label files that the commands name, with two frames per scene and split."""
     root = tmp_path_factory.mktemp("examples")
-    for dataset, (prefix, scenes) in SCENES.items():
+    for name, dataset in DATASETS.items():
         training = []
-        for scene in scenes:
-            rows = {split: write_scene(root / dataset, scene, 2, split) for split in ("train", "test")}
+        for scene in dataset.scenes:
+            rows = {split: write_scene(root / name, scene, 2, split) for split in ("train", "test")}
             for split in rows:
-                write_labels(root / "datasets" / dataset / f"{prefix}_{scene}_{split}.csv", rows[split])
+                write_labels(root / "datasets" / name / dataset.label_file(scene, split), rows[split])
             training += rows["train"]
-        write_labels(root / "datasets" / dataset / ALL_SCENES[dataset], training)
+        write_labels(root / "datasets" / name / dataset.all_scenes_file, training)
     return root
 
 
 def run_chain(layouts, chain):
-    """Run the commands of one model in order; the first weights file that is not there yet is what was trained before, and
-    no other is."""
+    """Run the commands of one model in order.
+
+    The first weights file that does not exist yet is what was trained before, and no other is.
+    """
     trained = None
     for command in chain:
-        command = [part.replace("/path/to/", f"{layouts}/") for part in command[1:]]
-        command = ["none" if part == "imagenet" else part for part in command]
         for part in command:
             if part.startswith("weights/") and not (layouts / part).exists():
                 (layouts / part).parent.mkdir(exist_ok=True)
                 for suffix in (".pth", ".json"):
                     shutil.copy(trained.with_suffix(suffix), (layouts / part).with_suffix(suffix))
                 trained = None
-        if "--set" not in command:
-            command.append("--set")
-        at = command.index("--set") + 1
-        command[at:at] = ["n_epochs=1", "n_workers=0"]
-        output = run_here(command[0], *(ROOT / part if part == "config.json" else part for part in command[1:]))
+        output = run_command(layouts, command, "n_epochs=1", "n_workers=0")
         if "train" in command:
             trained = layouts / weights_of(output)
             assert trained.is_file()
@@ -67,8 +72,10 @@ def run_chain(layouts, chain):
 
 def test_every_command_of_the_markdown_files_runs(layouts):
     chains = {}
-    for name in ("train_test_aprs", "train_test_pose_auto_encoders", "train_test_apr_with_auto_encoders_priors"):
-        for command in commands(name):
+    for path in FILES:
+        found = commands(path)
+        assert found and all(command[0] == "python" and command[1].endswith(".py") for command in found)
+        for command in found:
             # An APR's commands build on each other, over the files; different APRs' do not.
             backbone = [part for part in command if part.startswith("backbone_type=")]
             chains.setdefault((command[2], command[5].split("/")[-1], *backbone), []).append(command)

@@ -1,4 +1,4 @@
-"""The models equal the published ones: outputs on weights made by a formula (tests/golden, described in its README)."""
+"""The models compute what the published ones do, on weights from a formula (tests/golden, described in its README)."""
 import json
 import zlib
 from pathlib import Path
@@ -38,7 +38,7 @@ def build(name):
 
 
 def formula_weights(shapes, gain):
-    """The weights of tests/golden/README.md, from the keys' names and shapes alone."""
+    """Return the weights of tests/golden/README.md, which depend on the keys' names and shapes alone."""
     weights = {}
     for key, shape in shapes.items():
         n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
@@ -68,8 +68,9 @@ def assert_golden(ours, golden):
 def test_model_equals_the_published_one(name):
     entry = INDEX[name]
     model = build(name).eval()
-    ours = {"centre", "scale", "mean_orientation", "noise", "apr"}  # what our PAEs keep besides
-    assert {key: list(value.shape) for key, value in model.state_dict().items() if key not in ours} == entry["state_dict"]
+    ours = {"centre", "scale", "mean_orientation", "noise", "apr"}  # keys that only our PAEs have
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items() if key not in ours}
+    assert shapes == entry["state_dict"]
     model.load_state_dict(formula_weights(entry["state_dict"], entry["gain"]))
     golden = np.load(GOLDEN / f"{name}.npz")
     with torch.no_grad():

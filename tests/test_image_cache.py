@@ -11,8 +11,10 @@ from conftest import ROOT, run_here, write_labels, write_scene
 from PIL import Image
 from torchvision import transforms
 
-from datasets.camera_poses import CameraPoseDataset, test_batches as ordered_batches, to_input, train_transform
-from datasets.image_cache import free_memory
+from datasets.camera_poses import CameraPoseDataset
+from datasets.loaders import train_batches
+from datasets.resources import free_memory
+from datasets.transforms import to_input, train_transform
 from util.errors import UserError
 
 # height, width, mode, extension: landscape, portrait, square, smaller than 256, odd sizes that the resize must round
@@ -22,7 +24,7 @@ KINDS = [(480, 640, "RGB", "png"), (270, 480, "RGB", "jpg"), (500, 333, "L", "pn
 
 @pytest.fixture
 def scene(tmp_path):
-    """A dataset of one frame a kind: its folder and label file."""
+    """A dataset of one frame per kind: its folder and label file."""
     random = np.random.default_rng(0)
     rows = []
     for i, (height, width, mode, extension) in enumerate(KINDS):
@@ -42,7 +44,10 @@ def spoil(path):
 
 
 def images(dataset, n_workers=0, epoch=0):
-    return torch.cat([batch["img"] for batch in ordered_batches(dataset, 4, n_workers, epoch)])
+    """The images of an epoch, in the dataset's order."""
+    batches = list(train_batches(dataset, 4, n_workers, seed=0)(epoch))
+    order = torch.cat([batch["row"] for batch in batches]).argsort()
+    return torch.cat([batch["img"] for batch in batches])[order]
 
 
 @pytest.mark.parametrize("transform", [None, train_transform])

@@ -11,9 +11,10 @@ from conftest import ROOT, fails_here, run_here, write_labels, write_scene
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from datasets import camera_poses, images
-from datasets.camera_poses import CameraPoseDataset, Images
+from datasets import images, unlabelled
+from datasets.camera_poses import CameraPoseDataset
 from datasets.images import read_header, read_image
+from datasets.unlabelled import Images
 from models import get_model
 from util.errors import UserError
 
@@ -34,11 +35,11 @@ def with_orientation(path, pixels, orientation):
         return
     exif = Image.Exif()
     exif[274] = orientation
-    options = {"quality": 100, "subsampling": 0} if path.suffix == ".jpg" else {"lossless": True} if path.suffix == ".webp" else {}
+    options = {".jpg": {"quality": 100, "subsampling": 0}, ".webp": {"lossless": True}}.get(path.suffix, {})
     Image.fromarray(pixels).save(path, exif=exif, **options)
 
 
-# What a viewer shows of stored pixels, by the tag (EXIF 2.32, 4.6.4: where row 0 and column 0 of the stored pixels are).
+# What a viewer shows of stored pixels, by the tag (EXIF 2.32, 4.6.4: the places of the stored row 0 and column 0).
 SHOWN = {1: lambda p: p, 2: lambda p: p[:, ::-1], 3: lambda p: p[::-1, ::-1], 4: lambda p: p[::-1],
          5: lambda p: p.transpose(1, 0, 2), 6: lambda p: p.transpose(1, 0, 2)[:, ::-1],
          7: lambda p: p.transpose(1, 0, 2)[::-1, ::-1], 8: lambda p: p.transpose(1, 0, 2)[::-1]}
@@ -61,7 +62,8 @@ def test_the_orientation_of_a_png_is_found_behind_its_pixels_and_a_wrong_one_is_
     content = (tmp_path / "before.png").read_bytes()
     at = content.index(b"eXIf") - 4
     length = 12 + struct.unpack(">I", content[at:at + 4])[0]
-    (tmp_path / "behind.png").write_bytes(content[:at] + content[at + length:-12] + content[at:at + length] + content[-12:])
+    behind = content[:at] + content[at + length:-12] + content[at:at + length] + content[-12:]
+    (tmp_path / "behind.png").write_bytes(behind)
     assert read_header(tmp_path / "behind.png") == (HEIGHT, WIDTH, 6)
     assert np.array_equal(read_image(tmp_path / "behind.png", upright=True), SHOWN[6](pixels))
     for wrong in (0, 9, 65535):
@@ -74,23 +76,27 @@ GREY = np.arange(HEIGHT * WIDTH, dtype=np.uint8).reshape(HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("numbers", [
-    GREY / np.float32(255), GREY / np.float64(255), GREY.astype(np.float32), GREY.astype(np.float32) * 257, GREY.astype(np.float16) / 255,
-    GREY.astype(np.int32), GREY.astype(np.uint32) * 257, GREY.astype(np.uint16) * 257,
+    GREY / np.float32(255), GREY / np.float64(255), GREY.astype(np.float32), GREY.astype(np.float32) * 257,
+    GREY.astype(np.float16) / 255, GREY.astype(np.int32), GREY.astype(np.uint32) * 257, GREY.astype(np.uint16) * 257,
 ], ids=lambda numbers: f"{numbers.dtype} to {numbers.max():g}")
 @pytest.mark.parametrize("colour", [False, True])
 def test_numbers_of_any_range_are_scaled_to_8_bits(tmp_path, numbers, colour):
     numbers = np.stack([numbers, numbers[::-1], numbers[:, ::-1]], axis=2) if colour else numbers
     expected = np.stack([GREY, GREY[::-1], GREY[:, ::-1]] if colour else [GREY] * 3, axis=2)
     tifffile.imwrite(tmp_path / "photo.tif", numbers, photometric="rgb" if colour else "minisblack")
-    assert np.abs(np.asarray(read_image(tmp_path / "photo.tif")).astype(int) - expected).max() <= (numbers.dtype == np.float16)
+    tolerance = numbers.dtype == np.float16
+    assert np.abs(np.asarray(read_image(tmp_path / "photo.tif")).astype(int) - expected).max() <= tolerance
 
 
 @pytest.mark.parametrize("numbers, words", [
-    (GREY.astype(np.float32) - 1, "float32 numbers from -1 to 254"), (GREY * np.float32(1e6), "numbers from 0 to 2.55e+08"),
-    (GREY * np.float32(1.0005 / 255), "numbers from 0 to 1.0005"), (GREY * np.float32(4), "numbers from 0 to 1020"),
-    (np.where(GREY == 7, np.nan, GREY).astype(np.float32), "numbers from nan to nan"), (GREY.astype(np.int32) - 128, "int32 numbers from -128"),
+    (GREY.astype(np.float32) - 1, "float32 numbers from -1 to 254"),
+    (GREY * np.float32(1e6), "numbers from 0 to 2.55e+08"),
+    (GREY * np.float32(1.0005 / 255), "numbers from 0 to 1.0005"),
+    (GREY * np.float32(4), "numbers from 0 to 1020"),
+    (np.where(GREY == 7, np.nan, GREY).astype(np.float32), "numbers from nan to nan"),
+    (GREY.astype(np.int32) - 128, "int32 numbers from -128"),
 ])
-def test_numbers_whose_range_does_not_say_what_white_is_are_refused(tmp_path, numbers, words):
+def test_numbers_whose_range_does_not_tell_the_value_of_white_are_refused(tmp_path, numbers, words):
     tifffile.imwrite(tmp_path / "photo.tif", numbers)
     with pytest.raises(UserError, match="photo.tif cannot be read") as raised:
         read_image(tmp_path / "photo.tif")
@@ -109,9 +115,9 @@ def test_tiff_files_of_all_kinds_are_read(tmp_path, pixels):
     tifffile.imwrite(tmp_path / "white_is_0.tif", 255 - GREY, photometric="miniswhite")
     tifffile.imwrite(tmp_path / "alpha.tif", np.dstack((pixels, GREY)), photometric="rgb", extrasamples=["unassalpha"])
     grey = np.repeat(GREY[..., None], 3, axis=2)
-    for name, expected, tolerance in (("lzw", pixels, 0), ("lzw_turned", pixels, 0), ("lzw_float", grey, 0), ("palette", pixels, 24),
-                                      ("cmyk", pixels, 1), ("pages", pixels, 0), ("planes", pixels, 0), ("white_is_0", grey, 0),
-                                      ("alpha", pixels, 0)):
+    for name, expected, tolerance in (("lzw", pixels, 0), ("lzw_turned", pixels, 0), ("lzw_float", grey, 0),
+                                      ("palette", pixels, 24), ("cmyk", pixels, 1), ("pages", pixels, 0),
+                                      ("planes", pixels, 0), ("white_is_0", grey, 0), ("alpha", pixels, 0)):
         seen = np.asarray(read_image(tmp_path / f"{name}.tif")).astype(int)
         assert seen.shape == expected.shape and np.abs(seen - expected).max() <= tolerance, name
         assert read_header(tmp_path / f"{name}.tif")[:2] == (HEIGHT, WIDTH), name
@@ -181,8 +187,9 @@ def photos(tmp_path):
 
 
 def predict(apr, images, *more):
-    return ["main.py", "posenet", "predict", "none", images, "-", ROOT / "config.json", "--checkpoint_path", apr, "--predictions_path",
-            apr.parent / "poses.csv", "--output_dir", apr.parent / "out", *more, "--set", "backbone_type=mobilenet", "hidden_dim=16", "n_workers=0"]
+    return ["main.py", "posenet", "predict", "none", images, "-", ROOT / "config.json", "--checkpoint_path", apr,
+            "--predictions_path", apr.parent / "poses.csv", "--output_dir", apr.parent / "out", *more,
+            "--set", "backbone_type=mobilenet", "hidden_dim=16", "n_workers=0"]
 
 
 def poses(apr):
@@ -204,7 +211,8 @@ def test_predict_turns_phone_photos_upright_unless_asked_not_to(apr, photos, tmp
             stored.save(path, exif=exif)
             assert np.array_equal(ImageOps.exif_transpose(Image.open(path)), picture)
     output = run_here(*predict(apr, photos, *more))
-    assert "EXIF orientation: 2 of 3 images have one, and are turned upright (--as_stored leaves them as stored)\n" in output
+    turned = "EXIF orientation: 2 of 3 images have one, and are turned upright (--as_stored leaves them as stored)\n"
+    assert turned in output
     assert np.allclose(poses(apr), upright, atol=1e-6)
     run_here(*predict(apr, photos, "--as_stored", *more))
     as_stored = poses(apr)
@@ -224,7 +232,8 @@ def test_predict_turns_phone_photos_upright_unless_asked_not_to(apr, photos, tmp
 def test_a_cache_of_labelled_frames_has_their_stored_shapes(tmp_path, pixels):
     for i, orientation in enumerate((1, 6)):
         with_orientation(tmp_path / f"{i}.jpg", pixels, orientation)
-    dataset = CameraPoseDataset(tmp_path, write_labels(tmp_path / "labels.csv", [f"a,train,s,{i}.jpg,1,2,3,1,0,0,0" for i in range(2)]))
+    rows = [f"a,train,s,{i}.jpg,1,2,3,1,0,0,0" for i in range(2)]
+    dataset = CameraPoseDataset(tmp_path, write_labels(tmp_path / "labels.csv", rows))
     dataset.cache_frames()
     assert [dataset.cache[i].shape for i in range(2)] == [(256, 341, 3)] * 2
 
@@ -232,14 +241,14 @@ def test_a_cache_of_labelled_frames_has_their_stored_shapes(tmp_path, pixels):
 def test_predict_counts_what_it_leaves_out(apr, photos, monkeypatch):
     for name in ("IMG_1.HEIC", "IMG_2.MOV", "IMG_3.mov", "notes"):
         (photos / name).write_bytes(b"x")
-    monkeypatch.setattr(camera_poses, "IMAGE_EXTENSIONS", (".png",))
-    monkeypatch.setattr(camera_poses, "HEIF_ADVICE", " (pip install pillow-heif reads them)")  # as where it is not installed
+    monkeypatch.setattr(unlabelled, "IMAGE_EXTENSIONS", (".png",))  # as without pillow-heif
+    monkeypatch.setattr(unlabelled, "HEIF_ADVICE", " (pip install pillow-heif reads them)")
     output = run_here(*predict(apr, photos))
     (photos / ".hidden.png").touch()
     (photos / "gone.png").symlink_to(photos / "nowhere.png")
     output = run_here(*predict(apr, photos))
-    assert (f"Left out of {photos}: 1 .heic (pip install pillow-heif reads them), 2 .mov, 1 broken link, 1 hidden, 1 no extension; a folder "
-            "is searched for .png\n") in output
+    assert (f"Left out of {photos}: 1 .heic (pip install pillow-heif reads them), 2 .mov, 1 broken link, 1 hidden, "
+            "1 no extension; a folder is searched for .png\n") in output
     assert len(poses(apr)) == 3
     for path in photos.glob("*.png"):
         path.unlink()
@@ -257,7 +266,8 @@ def test_bad_images_among_many_are_named_and_the_others_predicted(apr, photos, t
     for _ in range(2):  # the second time from the cache
         (apr.parent / "poses.csv").unlink()
         status, said = fails_here(*predict(apr, photos, *more))
-        assert status == 2 and "6 problems: image " in said and "bad4.png cannot be read" in said and "; and 1 more; " in said
+        assert status == 2 and "6 problems: image " in said and "bad4.png cannot be read" in said
+        assert "; and 1 more; " in said
         assert said.endswith("poses.csv has the poses of the other images") and "bad5.png" not in said
         assert np.allclose(poses(apr), expected, atol=1e-6) and poses(apr).index.equals(expected.index)
     for path in photos.glob("frame*"):
@@ -272,7 +282,8 @@ def test_a_path_that_exists_is_that_path_whatever_its_letters(photos, tmp_path):
     photos.rename(folder)
     (tmp_path / "walk 2x").mkdir()
     (folder / "a[0].png").write_bytes((folder / "frame-000000.color.png").read_bytes())
-    for given, names in ((folder, ["a[0].png", *(f"frame-{i:06d}.color.png" for i in range(3))]), (folder / "a[0].png", ["a[0].png"]),
+    for given, names in ((folder, ["a[0].png", *(f"frame-{i:06d}.color.png" for i in range(3))]),
+                         (folder / "a[0].png", ["a[0].png"]),
                          (f"{folder}/f*[12].color.png", [f"frame-{i:06d}.color.png" for i in (1, 2)])):
         assert Images(str(given)).names == names
     with pytest.raises(UserError, match=r"no image; .*\[ \] in it stand for one of the characters between them"):
@@ -284,7 +295,8 @@ def test_labelled_frames_that_cannot_be_read_are_counted_and_five_named(apr, pho
     names = [path.name for path in sorted(photos.iterdir())]
     for i in range(7):
         (photos / f"bad{i}.png").write_bytes((photos / names[0]).read_bytes()[:500])
-    rows = [f"a,{mode},s,photos/{name},{i},2,3,1,0,0,0" for i, name in enumerate([names[0], *(f"bad{i}.png" for i in range(7)), names[1]])]
+    listed_names = [names[0], *(f"bad{i}.png" for i in range(7)), names[1]]
+    rows = [f"a,{mode},s,photos/{name},{i},2,3,1,0,0,0" for i, name in enumerate(listed_names)]
     labels = write_labels(tmp_path / "labels.csv", rows)
     listed = predict(apr, photos)
     listed[2:6] = [mode, "none", tmp_path, labels]
@@ -297,7 +309,8 @@ def test_labelled_frames_that_cannot_be_read_are_counted_and_five_named(apr, pho
     for path in photos.glob("bad*"):
         path.unlink()
     status, said = fails_here(*listed, *more)
-    assert status == 2 and f"error: {labels}: 7 problems: row 3: image {photos}/bad0.png does not exist; row 4: " in said
+    problems = f"error: {labels}: 7 problems: row 3: image {photos}/bad0.png does not exist; row 4: "
+    assert status == 2 and problems in said
     write_labels(labels, [row.replace(",2,3,", ",two,3,") for row in rows])
     status, said = fails_here(*listed, *more)
     assert status == 2 and f"error: {labels}: 9 problems: row 2: t2 'two' is not a finite number; row 3: " in said

@@ -1,4 +1,4 @@
-"""`python -m datasets.labels`: what it finds in published and in made label files, and what it mends."""
+"""`python -m datasets.labels`: what it finds in published and in made label files, and what it fixes."""
 import os
 import re
 
@@ -95,7 +95,7 @@ def test_every_kind_of_flaw_is_found_in_its_row(flawed):
     assert summary.startswith(f"{flawed}: ") and "missing image: 1" in summary and "image listed twice: 2" in summary
 
 
-def test_fix_mends_and_says_what_it_did(flawed, tmp_path):
+def test_fix_says_what_it_did(flawed, tmp_path):
     fixed = tmp_path / "fixed.csv"
     status, output, _ = run_module_here(labels, "fix", flawed, fixed)
     rows = [int(line.split(":")[0].removeprefix("row ")) for line in output.splitlines()[:-1]]
@@ -105,7 +105,7 @@ def test_fix_mends_and_says_what_it_did(flawed, tmp_path):
     ten = table[table["img_path"] == "a/s1/10.png"].iloc[0]
     assert [ten["q1"], ten["q4"]] == pytest.approx([0.8 / 0.99403219, -0.59 / 0.99403219], abs=1e-7)
     assert table[table["img_path"] == "a/s2/1.png"].iloc[0]["q1"] == -1
-    # What cannot be mended is still there, and said.
+    # What cannot be fixed is kept, and reported.
     assert output.splitlines()[-1] == f"{fixed}: 14 frames, image listed twice: 1"
 
 
@@ -123,9 +123,9 @@ def test_fix_leaves_no_outlier(tmp_path):
     (["check", "absent.csv"], ["absent.csv: not a readable label file: No such file"]),
     (["check", "header.csv"], ["header.csv: no rows"]),
     (["check", "flawed.csv", "--dataset_path", "nowhere"], ["--dataset_path nowhere: no such folder"]),
-    (["fix", "flawed.csv", "./flawed.csv"], ["./flawed.csv is the file to mend"]),
+    (["fix", "flawed.csv", "./flawed.csv"], ["./flawed.csv is the file to fix"]),
     (["fix", "unreadable.csv", "out.csv"], ["unreadable.csv: no readable row"]),
-    (["fix", "flawed.csv", "pipe"], ["pipe: cannot be written: is no file"]),
+    (["fix", "flawed.csv", "pipe"], ["pipe: cannot be written: it is not a file"]),
     (["fix", "flawed.csv", "flawed.csv/out.csv"], ["flawed.csv/out.csv: cannot be written"]),
 ])
 def test_bad_input_ends_in_one_line(flawed, monkeypatch, arguments, words):

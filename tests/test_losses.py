@@ -1,4 +1,4 @@
-"""Pose errors and losses against closed forms and an independent library."""
+"""Pose errors, pose losses and nearest references, against closed forms and an independent library."""
 import math
 
 import numpy as np
@@ -6,14 +6,14 @@ import pytest
 import torch
 from transforms3d.quaternions import axangle2quat, qmult
 
+from models.refinement import nearest_references, pose_distances
 from util.losses import CameraPoseLoss
 from util.metrics import pose_err
-from util.references import nearest_references, pose_distances
 
 
 @pytest.fixture
 def random():
-    """A generator of the test's own, so that what it draws does not depend on the tests before it."""
+    """Return a generator per test, so that its numbers do not depend on the tests before it."""
     return np.random.default_rng(0)
 
 
@@ -55,7 +55,7 @@ def test_the_loss_takes_the_nearer_sign_and_any_norm_of_the_quaternion(norm, lea
         l_q.append(np.linalg.norm(q - p if q @ p > 0 else q + p, ord=norm))
     l_x, l_q = np.mean(l_x), np.mean(l_q)
     terms = [l_x * math.exp(1), -1, l_q * math.exp(-2), 2] if learnable else [-l_x, 2 * l_q]
-    close = 1e-6 * np.abs(terms).sum()  # of the terms, since their sum can be near 0
+    close = 1e-6 * np.abs(terms).sum()  # relative to the terms, since their sum can be near 0
     assert value.item() == pytest.approx(sum(terms), rel=0, abs=close)
     assert loss(estimate, flipped).item() == pytest.approx(value.item(), rel=0, abs=close)
     assert [parameter.requires_grad for parameter in loss.parameters()] == [learnable] * 2

@@ -6,8 +6,8 @@ import torch
 from conftest import run_module_here, write_labels
 from transforms3d.quaternions import qinverse, quat2mat, rotate_vector
 
+from datasets import export_poses
 from datasets.labels import POSE_COLUMNS, read_labels
-from util import poses
 from util.metrics import pose_err
 
 
@@ -17,58 +17,63 @@ def files(tmp_path):
     random = np.random.default_rng(0)
     truth = random.standard_normal((7, 7))
     for name, values in (("labels", truth), ("predictions", truth + 0.1 * random.standard_normal((7, 7)))):
-        write_labels(tmp_path / f"{name}.csv", [f"attic,test,seq-01,attic/seq-01/frame-{i:06d}.color.png,"
-                                                + ",".join(f"{value:.9f}" for value in pose) for i, pose in enumerate(values)])
+        write_labels(tmp_path / f"{name}.csv",
+                     [",".join([f"attic,test,seq-01,attic/seq-01/frame-{i:06d}.color.png", *(f"{x:.9f}" for x in pose)])
+                      for i, pose in enumerate(values)])
     return tmp_path
 
 
 def convert(files, name, form, convention):
-    status, output, errors = run_module_here(poses, files / f"{name}.csv", files / f"{name}.{form}", "--format", form,
-                                             "--convention", convention)
+    status, output, errors = run_module_here(export_poses, files / f"{name}.csv", files / f"{name}.{form}",
+                                             "--format", form, "--convention", convention)
     assert status is None or status == 0, errors
     assert output == f"{files / f'{name}.{form}'}: 7 poses\n"
     return files / f"{name}.{form}"
 
 
-@pytest.mark.parametrize("convention", poses.CONVENTIONS)
+@pytest.mark.parametrize("convention", export_poses.CONVENTIONS)
 def test_evo_reads_the_trajectories_and_finds_our_errors(files, convention, monkeypatch):
     monkeypatch.setenv("HOME", str(files))  # evo writes its settings there when it is imported
     from evo.core import metrics
     from evo.tools.file_interface import read_tum_trajectory_file
 
-    truth, estimate = (read_tum_trajectory_file(convert(files, name, "tum", convention)) for name in ("labels", "predictions"))
+    truth, estimate = (read_tum_trajectory_file(convert(files, name, "tum", convention))
+                       for name in ("labels", "predictions"))
     assert truth.timestamps.tolist() == list(range(7))
     tables = [pd.read_csv(files / f"{name}.csv")[POSE_COLUMNS].to_numpy() for name in ("predictions", "labels")]
     expected = [errors.numpy() for errors in pose_err(*map(torch.tensor, tables))]
-    for relation, errors in zip((metrics.PoseRelation.translation_part, metrics.PoseRelation.rotation_angle_deg), expected):
+    relations = metrics.PoseRelation.translation_part, metrics.PoseRelation.rotation_angle_deg
+    for relation, errors in zip(relations, expected, strict=True):
         ape = metrics.APE(relation)
         ape.process_data((truth, estimate))
         assert np.allclose(ape.error, errors, atol=1e-4)
 
     # Predictions in another order, and without some frames.
     pd.read_csv(files / "predictions.csv").iloc[[5, 0, 3]].to_csv(files / "some.csv", index=False)
-    status, _, errors = run_module_here(poses, files / "some.csv", files / "some.tum", "--format", "tum", "--convention", convention,
-                                        "--frames", files / "labels.csv")
+    status, _, errors = run_module_here(export_poses, files / "some.csv", files / "some.tum", "--format", "tum",
+                                        "--convention", convention, "--frames", files / "labels.csv")
     assert not status, errors
     some = read_tum_trajectory_file(files / "some.tum")
-    assert some.timestamps.tolist() == [0, 3, 5] and np.array_equal(some.positions_xyz, estimate.positions_xyz[[0, 3, 5]])
+    assert some.timestamps.tolist() == [0, 3, 5]
+    assert np.array_equal(some.positions_xyz, estimate.positions_xyz[[0, 3, 5]])
 
 
-@pytest.mark.parametrize("convention", poses.CONVENTIONS)
+@pytest.mark.parametrize("convention", export_poses.CONVENTIONS)
 def test_visloc_poses_lead_back_to_the_labels(files, convention):
     lines = convert(files, "labels", "visloc", convention).read_text().splitlines()
     table = pd.read_csv(files / "labels.csv")
     assert [line.split()[0] for line in lines] == [f"frame-{i:06d}.color.png" for i in range(7)]
-    for line, pose in zip(lines, table[POSE_COLUMNS].to_numpy()):
+    for line, pose in zip(lines, table[POSE_COLUMNS].to_numpy(), strict=True):
         numbers = np.array(line.split()[1:], float)
         quaternion = numbers[:4] if convention == "CambridgeLandmarks" else qinverse(numbers[:4])
         assert np.allclose(quat2mat(quaternion), quat2mat(pose[3:]), atol=1e-6)
-        assert np.allclose(-rotate_vector(numbers[4:], qinverse(numbers[:4])), pose[:3], atol=1e-6)  # the centre, -R^T t
+        centre = -rotate_vector(numbers[4:], qinverse(numbers[:4]))  # -R^T t
+        assert np.allclose(centre, pose[:3], atol=1e-6)
 
 
 def test_labels_of_predictions_are_a_label_file(files):
-    (files / "predictions.csv").write_text("\n".join(
-        line + (",position_error_m" if i == 0 else ",0.5") for i, line in enumerate((files / "predictions.csv").read_text().splitlines())))
+    header, *rows = (files / "predictions.csv").read_text().splitlines()
+    (files / "predictions.csv").write_text("\n".join([f"{header},position_error_m", *(f"{row},0.5" for row in rows)]))
     written = read_labels(convert(files, "predictions", "labels", "7Scenes"))
     assert list(pd.read_csv(files / "predictions.labels")) == list(pd.read_csv(files / "labels.csv"))
     assert np.allclose(written[POSE_COLUMNS], pd.read_csv(files / "predictions.csv")[POSE_COLUMNS])
@@ -83,8 +88,8 @@ def test_labels_of_predictions_are_a_label_file(files):
 def test_a_visloc_name_is_the_end_of_a_path(tmp_path, more, names):
     paths = "query/night/nexus/1.jpg", "night/milestone/2.jpg", "3.jpg"
     write_labels(tmp_path / "labels.csv", [f"attic,test,s,{path},1,2,3,1,0,0,0" for path in paths])
-    status, _, errors = run_module_here(poses, tmp_path / "labels.csv", tmp_path / "out.txt", "--format", "visloc",
-                                        "--convention", "7Scenes", *more)
+    status, _, errors = run_module_here(export_poses, tmp_path / "labels.csv", tmp_path / "out.txt",
+                                        "--format", "visloc", "--convention", "7Scenes", *more)
     assert not status, errors
     assert [line.split()[0] for line in (tmp_path / "out.txt").read_text().splitlines()] == names
 
@@ -107,9 +112,9 @@ def test_a_visloc_name_is_the_end_of_a_path(tmp_path, more, names):
 ])
 def test_visloc_names_are_without_spaces_and_each_is_of_one_line(tmp_path, more, paths, problem):
     write_labels(tmp_path / "labels.csv", [f"attic,test,s,{path},1,2,3,1,0,0,0" for path in paths])
-    status, _, errors = run_module_here(poses, tmp_path / "labels.csv", tmp_path / "out.txt", "--format", "visloc",
-                                        "--convention", "7Scenes", *more)
-    assert errors == (f"poses.py: error: {tmp_path / 'labels.csv'}: {problem}\n" if problem else "")
+    status, _, errors = run_module_here(export_poses, tmp_path / "labels.csv", tmp_path / "out.txt",
+                                        "--format", "visloc", "--convention", "7Scenes", *more)
+    assert errors == (f"export_poses.py: error: {tmp_path / 'labels.csv'}: {problem}\n" if problem else "")
     assert status == (2 if problem else 0) and (tmp_path / "out.txt").exists() == (problem is None)
 
 
@@ -119,32 +124,39 @@ def test_visloc_names_are_without_spaces_and_each_is_of_one_line(tmp_path, more,
     ("tum", "1", "--name_parts is for visloc, which names images; leave it out with tum"),
     ("labels", "2", "--name_parts is for visloc, which names images; leave it out with labels")])
 def test_name_parts_are_a_whole_number_and_for_visloc(files, form, parts, problem):
-    status, _, errors = run_module_here(poses, files / "labels.csv", files / "out.txt", "--format", form,
+    status, _, errors = run_module_here(export_poses, files / "labels.csv", files / "out.txt", "--format", form,
                                         "--convention", "7Scenes", "--name_parts", parts)
     assert status == 2 and errors.endswith(f"{problem}\n") and not (files / "out.txt").exists()
 
 
 def test_what_cannot_be_converted_is_named(files):
     def refused(name, form, *more):
-        status, _, errors = run_module_here(poses, files / f"{name}.csv", files / "out.txt", "--format", form, "--convention", "7Scenes", *more)
+        status, _, errors = run_module_here(export_poses, files / f"{name}.csv", files / "out.txt", "--format", form,
+                                            "--convention", "7Scenes", *more)
         assert status == 2 and errors.count("\n") == 1 and not (files / "out.txt").exists()
         return errors
 
-    pd.read_csv(files / "labels.csv").drop(columns=["scene", "split", "seq"]).to_csv(files / "predicted.csv", index=False)
+    predicted = pd.read_csv(files / "labels.csv").drop(columns=["scene", "split", "seq"])
+    predicted.to_csv(files / "predicted.csv", index=False)
     assert "predicted.csv: column 'scene' is missing" in refused("predicted", "labels")
     (files / "spaced.csv").write_text((files / "labels.csv").read_text().replace("frame-000002", "frame 2"))
     assert "spaced.csv: row 4: img_path 'attic/seq-01/frame 2.color.png' has a space" in refused("spaced", "visloc")
     (files / "no_poses.csv").write_text("img_path\na.png\n")
     assert "no_poses.csv: column 't1' is missing" in refused("no_poses", "tum")
     assert "absent.csv: not a readable label file" in refused("absent", "tum")
-    (files / "others.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000009"))
-    assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames, which begins with "
-            "'attic/seq-01/frame-000000.color.png': these are poses of other frames (1 of 7)") in refused("others", "tum", "--frames", files / "labels.csv")
-    (files / "twice.csv").write_text((files / "predictions.csv").read_text().replace("frame-000003", "frame-000002"))
-    assert "twice.csv: row 5: img_path 'attic/seq-01/frame-000002.color.png' is there twice" in refused("twice", "tum", "--frames", files / "labels.csv")
-    assert "--frames is for tum" in refused("others", "visloc", "--frames", files / "labels.csv")
-    status, _, errors = run_module_here(poses, files / "labels.csv", files / "labels.csv", "--format", "tum", "--convention", "7Scenes")
+    counted = "--frames", files / "labels.csv"
+    predictions = (files / "predictions.csv").read_text()
+    (files / "others.csv").write_text(predictions.replace("frame-000003", "frame-000009"))
+    assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames, which "
+            "begins with 'attic/seq-01/frame-000000.color.png': these are poses of other frames (1 of 7)"
+            ) in refused("others", "tum", *counted)
+    (files / "twice.csv").write_text(predictions.replace("frame-000003", "frame-000002"))
+    assert ("twice.csv: row 5: img_path 'attic/seq-01/frame-000002.color.png' appears twice"
+            ) in refused("twice", "tum", *counted)
+    assert "--frames is for tum" in refused("others", "visloc", *counted)
+    status, _, errors = run_module_here(export_poses, files / "labels.csv", files / "labels.csv", "--format", "tum",
+                                        "--convention", "7Scenes")
     assert status == 2 and "is the file to convert" in errors
-    status, _, errors = run_module_here(poses, files / "predictions.csv", files / "labels.csv", "--format", "tum", "--convention", "7Scenes",
-                                        "--frames", files / "labels.csv")
+    status, _, errors = run_module_here(export_poses, files / "predictions.csv", files / "labels.csv",
+                                        "--format", "tum", "--convention", "7Scenes", *counted)
     assert status == 2 and "is the file to count the frames by" in errors

@@ -1,4 +1,4 @@
-"""Rotations, the solvers of test-time refinement, the learned refiner, and the interval of a change."""
+"""Rotations, the solvers of test-time refinement, the learned refiner, and intervals of changes."""
 import numpy as np
 import pytest
 import torch
@@ -7,23 +7,23 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 from transforms3d.quaternions import axangle2quat, quat2mat
 
-from datasets.camera_poses import epoch_generator
+from datasets.references import equal_poses
 from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
 from models.pose_refiner import PoseRefiner
+from models.refinement import invert, linear_estimate, mlp_weights, optimize, simplex_weights, weighted_poses
 from util.metrics import changes
-from util.references import equal_poses
-from util.refinement import invert, linear_estimate, mlp_weights, optimize, simplex_weights, weighted_poses
 from util.rotations import mean_quaternion, multiply_quaternions, quaternion_of
+from util.seeds import epoch_generator
 
 
 @pytest.fixture
 def random():
-    """A generator of the test's own, so that what it draws does not depend on the tests before it."""
+    """Return a generator per test, so that its numbers do not depend on the tests before it."""
     return np.random.default_rng(5)
 
 
 def poses_near(random, n, spread=1.0, angle=0.3):
-    """Poses about the origin, turned by up to about `angle` radians from a fixed orientation."""
+    """Return poses about the origin, rotated from a fixed orientation. spread, angle: deviations in metres, radians."""
     turns = Rotation.from_rotvec(random.normal(0, angle, (n, 3))) * Rotation.from_rotvec([0.3, -1.2, 0.5])
     quaternions = turns.as_quat(canonical=True)[:, [3, 0, 1, 2]]
     poses = np.concatenate((spread * random.standard_normal((n, 3)), quaternions), axis=1)
@@ -40,14 +40,15 @@ def test_quaternions_multiply_as_rotations_compose(random):
         assert quat2mat(product.numpy()) == pytest.approx(quat2mat(a.numpy()) @ quat2mat(b.numpy()), abs=1e-6)
 
 
-def test_rotation_vectors_become_quaternions_also_at_zero():
+def test_rotation_vectors_become_quaternions_at_zero_too():
     vectors = torch.tensor([[0, 0, 0], [1e-9, 0, 0], [1e-5, 2e-5, 0], [0.3, -0.2, 0.9], [0, 3, 0]], dtype=torch.float64)
     for vector, quaternion in zip(vectors.numpy(), quaternion_of(vectors).numpy()):
         angle = np.linalg.norm(vector)
         expected = axangle2quat(vector, angle) if angle else [1, 0, 0, 0]
         assert quaternion == pytest.approx(expected, abs=1e-12)
     for at in vectors:
-        assert torch.autograd.gradcheck(lambda v: quaternion_of(v[None]), (at.clone().requires_grad_(),), eps=1e-7, atol=1e-5)
+        vector = at.clone().requires_grad_()
+        assert torch.autograd.gradcheck(lambda v: quaternion_of(v[None]), (vector,), eps=1e-7, atol=1e-5)
 
 
 def test_the_mean_quaternion_is_the_mean_rotation_for_either_sign(random):
@@ -77,6 +78,14 @@ def test_weighted_poses(k, refine_orientation, random):
         assert abs(pose[3:].numpy() @ expected) == pytest.approx(1, abs=1e-6)
 
 
+def slsqp_minimum(encoded, latents, scale):
+    """Return the least squared distance of weighted encodings k x D from latents D, divided by `scale`, by SLSQP."""
+    k = len(encoded)
+    return minimize(lambda v: np.square(v @ encoded - latents).sum() / scale, np.full(k, 1 / k), method="SLSQP",
+                    bounds=[(0, 1)] * k, constraints={"type": "eq", "fun": lambda v: v.sum() - 1},
+                    options={"ftol": 1e-14, "maxiter": 500}).fun
+
+
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 def test_simplex_weights_are_the_minimum_that_an_independent_solver_finds(k, random):
     encoded, latents = random_latents(random, 12, k, 20) + 2, random_latents(random, 12, 20) + 2
@@ -90,14 +99,12 @@ def test_simplex_weights_are_the_minimum_that_an_independent_solver_finds(k, ran
     weights = (weights.double() / weights.double().sum(dim=1, keepdim=True)).numpy()
     for w, f, z in zip(weights, encoded.double().numpy(), latents.double().numpy()):
         scale = max(np.square(f - z).sum(axis=1).max(), 1e-30)
-        found = minimize(lambda v: np.square(v @ f - z).sum() / scale, np.full(k, 1 / k), method="SLSQP", bounds=[(0, 1)] * k,
-                         constraints={"type": "eq", "fun": lambda v: v.sum() - 1}, options={"ftol": 1e-14, "maxiter": 500})
-        assert np.square(w @ f - z).sum() / scale <= found.fun + 1e-9
+        assert np.square(w @ f - z).sum() / scale <= slsqp_minimum(f, z, scale) + 1e-9
     assert weights[1, -1] == pytest.approx(1, abs=1e-5)
     assert weights[2] == pytest.approx(np.full(k, 1 / k), abs=1e-4)
 
 
-def test_mlp_weights_are_those_of_one_network_a_query(random):
+def test_mlp_weights_are_those_of_one_network_per_query(random):
     n, k, dim = 70, 3, 8  # more than one chunk
     encoded, latents = random_latents(random, n, k, dim), random_latents(random, n, dim)
     weights = mlp_weights(encoded, latents, list(range(n)), 7, 3)
@@ -109,7 +116,8 @@ def test_mlp_weights_are_those_of_one_network_a_query(random):
             bound = (6 / sum(drawn.shape)) ** 0.5
             layer.weight.data = drawn.uniform_(-bound, bound, generator=generator).T.contiguous()
             layer.bias.data.zero_()
-        network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3], nn.Softmax(dim=0))
+        network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3],
+                                nn.Softmax(dim=0))
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
         for _ in range(3):
             loss = (network(encoded[row].flatten()) @ encoded[row] - latents[row]).square().mean()
@@ -118,7 +126,8 @@ def test_mlp_weights_are_those_of_one_network_a_query(random):
             optimizer.step()
         expected = network(encoded[row].flatten())
         assert torch.allclose(weights[row], expected, atol=1e-4)
-        assert torch.allclose(mlp_weights(encoded[row:row + 1], latents[row:row + 1], [row], 7, 3)[0], weights[row], atol=1e-5)
+        alone = mlp_weights(encoded[row:row + 1], latents[row:row + 1], [row], 7, 3)[0]
+        assert torch.allclose(alone, weights[row], atol=1e-5)
     assert torch.equal(mlp_weights(encoded, latents, list(range(n)), 7, 3), weights)
     assert not torch.equal(mlp_weights(encoded, latents, list(range(n)), 8, 3), weights)
 
@@ -133,7 +142,7 @@ def test_the_linear_estimate_is_the_gaussian_posterior_mean(random):
     flipped = references.clone()
     flipped[::3, 3:] *= -1  # the same rotations
     estimates = linear_estimate(latents, flipped, encoded, torch.tensor(noise, dtype=torch.float32))
-    # The information form of the posterior, with a hundredth of the latents' mean variance as further noise.
+    # The information form of the posterior. A hundredth of the latents' mean variance is added to the noise.
     p = references.double().numpy()
     covariance = np.cov(p.T, bias=True)
     noise = noise + 0.01 * np.diag(a @ covariance @ a.T + noise).mean() * np.eye(30)
@@ -153,13 +162,14 @@ def encoder(random):
     return encoder.requires_grad_(False)
 
 
-def test_inversion_finds_the_pose_whose_encoding_the_latents_are(encoder, random):
+def test_inversion_finds_the_pose_that_the_latents_encode(encoder, random):
     references, steps = poses_near(random, 500, spread=30), random_latents(random, 40, 6)
     answers = references[:40].clone()
-    answers[:, :3] += steps[:, :3]  # metres, of a scene of 30
+    answers[:, :3] += steps[:, :3]  # metres, in a scene of about 30 m
     answers[:, 3:] = multiply_quaternions(quaternion_of(0.03 * steps[:, 3:]), answers[:, 3:])
     noise = torch.eye(128) + 0.5
-    found = invert(encoder, torch.cat(encoder(answers), dim=1), torch.tensor(0), references, torch.cat(encoder(references), dim=1), noise)
+    latents, encoded = (torch.cat(encoder(poses), dim=1) for poses in (answers, references))
+    found = invert(encoder, latents, torch.tensor(0), references, encoded, noise)
     assert (found[:, :3] - answers[:, :3]).norm(dim=1).quantile(0.9) < 0.01
     assert (found[:, 3:] * answers[:, 3:]).sum(dim=1).abs().quantile(0.1) > 1 - 1e-6
 
@@ -182,7 +192,7 @@ def test_inversion_descends_the_whitened_distance(encoder, random):
 
 
 @pytest.mark.parametrize("solver", ["linear", "inversion", "mlp", "simplex"])
-def test_scenes_are_refined_apart_and_keep_the_aprs_pose_without_references(solver, random):
+def test_scenes_are_refined_separately_and_keep_the_aprs_pose_without_references(solver, random):
     torch.manual_seed(0)
     encoder = MultiScenePoseEncoder(8, num_scenes=3).requires_grad_(False)
     references = poses_near(random, 100)
@@ -195,20 +205,22 @@ def test_scenes_are_refined_apart_and_keep_the_aprs_pose_without_references(solv
     poses, refined = optimize(solver, encoder, queries, references, scenes, {})
     enough = (queries["scene"] == 2) if solver in ("linear", "inversion") else (queries["scene"] != 1)  # scene 0 has 10
     assert torch.equal(refined, enough)
-    unit = queries["pose"] / torch.cat((torch.ones(6, 3), queries["pose"][:, 3:].norm(dim=1, keepdim=True).expand(6, 4)), dim=1)
+    norms = queries["pose"][:, 3:].norm(dim=1, keepdim=True)
+    unit = queries["pose"] / torch.cat((torch.ones(6, 3), norms.expand(6, 4)), dim=1)
     assert torch.allclose(poses[~refined], unit[~refined], atol=1e-6)
     if solver in ("linear", "inversion"):
         of_scene = references[scenes == 2]
         encoded = torch.cat(encoder(of_scene, torch.full((80,), 2)), dim=1)
         more = (of_scene, encoded, encoder.noise)
         latents = queries["latents"][2:4]
-        expected = linear_estimate(latents, *more) if solver == "linear" else invert(encoder, latents, torch.tensor(2), *more)
+        expected = (linear_estimate(latents, *more) if solver == "linear" else
+                    invert(encoder, latents, torch.tensor(2), *more))
         assert torch.allclose(poses[2:4], expected, atol=1e-5)
         assert not torch.allclose(linear_estimate(latents, of_scene, encoded, torch.eye(16)), expected, atol=1e-2)
     unknown = {key: value[:2] for key, value in queries.items()} | {"scene": torch.tensor([1, 1])}
     kept, refined = optimize(solver, encoder, unknown, references, scenes, {})
     assert not refined.any() and torch.allclose(kept, unit[:2], atol=1e-6)
-    # A scene alone, and a query alone, give the same; the row decides the paper's initial weights.
+    # A scene alone and a query alone give the same. The query's row determines the initial weights of mlp.
     alone, _ = optimize(solver, encoder, queries, references[scenes == 2], torch.full((80,), 2), {})
     assert torch.allclose(alone[2:4], poses[2:4], atol=1e-5)
     first = {key: value[:1] for key, value in queries.items()}
@@ -220,9 +232,10 @@ def test_identical_references_give_their_position(solver, encoder, random):
     references = poses_near(random, 1).expand(40, 7)
     queries = {"pose": poses_near(random, 3), "latents": random_latents(random, 3, 128),
                "scene": torch.zeros(3, dtype=torch.long)}
-    poses, refined = optimize(solver, encoder, queries, references, torch.zeros(40, dtype=torch.long), {"num_neighbors": 5})
+    reference_scenes = torch.zeros(40, dtype=torch.long)
+    poses, refined = optimize(solver, encoder, queries, references, reference_scenes, {"num_neighbors": 5})
     assert refined.all() and torch.isfinite(poses).all()
-    if solver != "inversion":  # which goes where the encoding fits better
+    if solver != "inversion":  # inversion moves to where the encoding fits better
         assert torch.allclose(poses[:, :3], references[:3, :3], atol=1e-4)
 
 
@@ -232,8 +245,9 @@ def test_a_published_paes_references_take_the_sign_of_the_aprs_estimates(random,
     torch.manual_seed(0)
     encoder = (MultiScenePoseEncoder(8, num_scenes=2) if multi_scene else PoseEncoder(8)).requires_grad_(False)
     encoder._version = 1
-    references, queries = poses_near(random, 60), {"pose": 3 * poses_near(random, 8), "latents": random_latents(random, 8, 16),
-                                                   "scene": torch.arange(8) % (1 + multi_scene)}
+    references = poses_near(random, 60)
+    queries = {"pose": 3 * poses_near(random, 8), "latents": random_latents(random, 8, 16),
+               "scene": torch.arange(8) % (1 + multi_scene)}
     scenes = torch.arange(60) % (1 + multi_scene)
     flipped, negated = references.clone(), references.clone()
     flipped[::2, 3:] *= -1
@@ -241,23 +255,25 @@ def test_a_published_paes_references_take_the_sign_of_the_aprs_estimates(random,
     expected, _ = optimize(solver, encoder, queries, references, scenes, {})
     for same in (flipped, negated):
         assert torch.allclose(optimize(solver, encoder, queries, same, scenes, {})[0], expected, atol=1e-6)
-    # The sign is each query's own: with the other sign of its estimate the encodings, and so the pose, are others.
+    # The sign is each query's own: with the other sign of its estimate, the encodings differ, and so does the pose.
     other_side = {**queries, "pose": queries["pose"] * torch.tensor([1, 1, 1, -1, -1, -1, -1.0])}
-    assert not torch.allclose(optimize(solver, encoder, other_side, references, scenes, {})[0][:, :3], expected[:, :3], atol=1e-3)
+    differing, _ = optimize(solver, encoder, other_side, references, scenes, {})
+    assert not torch.allclose(differing[:, :3], expected[:, :3], atol=1e-3)
     alone = optimize(solver, encoder, {key: value[:1] for key, value in queries.items()}, references, scenes, {})[0]
     assert torch.allclose(alone, expected[:1], atol=1e-5)
 
 
-def test_a_pae_sees_positions_in_its_scenes_units_and_quaternions_of_either_sign(random):
+def test_a_pae_takes_positions_in_its_scenes_units_and_quaternions_of_either_sign(random):
     torch.manual_seed(0)
-    poses, scenes = torch.cat((poses_near(random, 50), poses_near(random, 50))), torch.arange(2).repeat_interleave(50)
+    poses = torch.cat((poses_near(random, 50), poses_near(random, 50)))
+    scenes = torch.arange(2).repeat_interleave(50)
     encoder, other = MultiScenePoseEncoder(8, num_scenes=2), MultiScenePoseEncoder(8, num_scenes=2)
     other.load_state_dict(encoder.state_dict())
     moved = poses.clone()
     moved[:50, :3] = 20 * moved[:50, :3] + torch.tensor([100.0, -300, 5])  # a scene outdoors
     moved[50:60, 3:] *= -3
-    for pae, seen in ((encoder, poses), (other, moved)):
-        pae.fit_poses(seen, scenes)
+    for pae, training_poses in ((encoder, poses), (other, moved)):
+        pae.fit_poses(training_poses, scenes)
     for a, b in zip(encoder(poses, scenes), other(moved, scenes)):
         assert torch.allclose(a, b, atol=1e-3)
     latents = random_latents(random, 100, 16)
@@ -266,7 +282,7 @@ def test_a_pae_sees_positions_in_its_scenes_units_and_quaternions_of_either_sign
     assert encoder.noise.numpy() == pytest.approx(sum(np.outer(r, r) for r in residuals) / 100, abs=1e-5)
 
 
-def test_a_refiner_begins_at_the_aprs_pose_and_turns_it(random):
+def test_a_refiner_starts_at_the_aprs_pose_and_rotates_it(random):
     torch.manual_seed(0)
     refiner = PoseRefiner(4).eval()
     pose, latents = 3 * poses_near(random, 5), random_latents(random, 5, 8)
@@ -277,7 +293,7 @@ def test_a_refiner_begins_at_the_aprs_pose_and_turns_it(random):
     for after, before in zip(refiner(latents, pose).detach().numpy(), pose.numpy()):
         assert quat2mat(after[3:]) == pytest.approx(quat2mat(turn.numpy()) @ quat2mat(before[3:]), abs=1e-5)
         assert after[:3] - before[:3] == pytest.approx([1, 2, 3], abs=1e-5)
-    # What it is given does not change with the units of the latents, unless none of a number's variance is worth looking at.
+    # The output does not depend on the units of the latents.
     refiner.hidden[0].weight.data.normal_()
     refiner.x_reg.weight.data.normal_()
     refiner.fit_inputs(latents, pose, pose)
@@ -300,11 +316,11 @@ def test_equal_poses_are_found_by_value_alone(random):
     assert equal_poses(far, far.astype(np.float32)).all() and equal_poses(far, far.round(5)).all()
 
 
-def test_the_interval_of_a_change_holds_the_truth_as_often_as_it_says():
+def test_the_interval_of_a_change_has_its_nominal_coverage():
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(60):
-        # Neighbouring frames err alike: both errors share a factor that lasts for 25 frames; the true change is -20 %.
+        # Errors of neighbouring frames are correlated: they share a factor for 25 frames. The true change is -20 %.
         shared = np.repeat(random.lognormal(0, 0.5, 40), 25)
         before = shared * random.lognormal(0, 0.3, 1000)
         after = 0.8 * shared * random.lognormal(0, 0.3, 1000)

@@ -1,4 +1,4 @@
-"""The tables of `python -m util.reproduce`, on generated scenes under the published names."""
+"""The tables of `python reproduce.py`, on generated scenes under the published names."""
 import contextlib
 import io
 import re
@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_module_here, write_labels, write_scene
 
+import reproduce
+from datasets.official import DATASETS
 from models import get_model
 from models.checkpoints import save_weights
 from models.pose_encoder import MultiScenePoseEncoder
-from util import reproduce
+from util.errors import UserError
 
 SMALL = {"hidden_dim": 16, "nhead": 8, "dim_feedforward": 8,
          **{f"num_{branch}_{part}_layers": 1 for branch in ("t", "rot") for part in ("encoder", "decoder")}}
@@ -24,13 +26,14 @@ def dataset(tmp_path):
     def write(name, scenes, num_scenes):
         for scene in scenes:
             for split, n in (("train", 4), ("test", 3)):
-                write_labels(tmp_path / "labels" / reproduce.LABELS[name].format(scene=scene, split=split),
+                write_labels(tmp_path / "labels" / DATASETS[name].label_file(scene, split),
                              write_scene(tmp_path / "data", scene, n, split))
         torch.manual_seed(0)
-        save_weights(tmp_path / "apr.pth", get_model("ems-transposenet", "none", {**SMALL, "num_scenes": num_scenes}).state_dict(), {})
+        apr = get_model("ems-transposenet", "none", {**SMALL, "num_scenes": num_scenes})
+        save_weights(tmp_path / "apr.pth", apr.state_dict(), {})
         save_weights(tmp_path / "pae.pth", MultiScenePoseEncoder(16, num_scenes).state_dict(), {})
-        return [name, "--dataset_path", tmp_path / "data", "--labels_path", tmp_path / "labels", "--apr_checkpoint", tmp_path / "apr.pth",
-                "--output_dir", tmp_path / "out"]
+        return [name, "--dataset_path", tmp_path / "data", "--labels_path", tmp_path / "labels",
+                "--apr_checkpoint", tmp_path / "apr.pth", "--output_dir", tmp_path / "out"]
     return write
 
 
@@ -39,24 +42,25 @@ def printed(monkeypatch):
     """Run the scripts within this process; returns a list of the medians that they print."""
     medians = []
 
-    def run(command):
+    def run(script, *arguments, capture_errors):
+        assert capture_errors
         errors = io.StringIO()
         try:
             with contextlib.redirect_stderr(errors):
-                output = run_here(command[0].name, *command[1:])
+                output = run_here(script.name, *arguments)
         except SystemExit as stopped:
-            return stopped.code, errors.getvalue()
-        medians.append(re.search(r"^Median pose error: ([\d.]+)\[m\], ([\d.]+)\[deg\]", output, flags=re.MULTILINE).groups())
-        return 0, ""
+            raise UserError(errors.getvalue().splitlines()[-1]) from stopped
+        found = re.search(r"^Median pose error: ([\d.]+)\[m\], ([\d.]+)\[deg\]", output, flags=re.MULTILINE)
+        medians.append(found.groups())
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(reproduce, "run", run)
+    monkeypatch.setattr(reproduce, "run_script", run)
     return medians
 
 
 @pytest.mark.parametrize("name, tested", [("7Scenes", ["APR"]), ("CambridgeLandmarks", ["APR", "PAE", "refined"])])
 def test_every_scene_has_the_medians_that_its_test_prints(dataset, printed, tmp_path, name, tested):
-    scenes = list(reproduce.PUBLISHED[name])
+    scenes = list(DATASETS[name].scenes)
     there = scenes if name == "7Scenes" else scenes[:-1]
     arguments = dataset(name, there, len(scenes))
     if len(tested) > 1:
@@ -69,15 +73,18 @@ def test_every_scene_has_the_medians_that_its_test_prints(dataset, printed, tmp_
         for kind, medians in zip(tested, printed[i * len(tested):], strict=False):
             assert [f"{row[f'{kind} {unit}']:.3f}" for unit in ("m", "deg")] == list(medians)
             predictions = pd.read_csv(tmp_path / "out" / f"{name}_{scene}_{kind.lower()}.csv")
-            labels = pd.read_csv(tmp_path / "labels" / reproduce.LABELS[name].format(scene=scene, split="test"))
+            labels = pd.read_csv(tmp_path / "labels" / DATASETS[name].label_file(scene, "test"))
             position = ["t1", "t2", "t3"]
-            assert np.isclose(row[f"{kind} m"], np.median(np.linalg.norm(predictions[position] - labels[position], axis=1)), atol=1e-5)
-        for unit, published in zip(("m", "deg"), reproduce.PUBLISHED[name][scene]):
-            assert row[f"published {unit}"] == published and np.isclose(row[f"difference {unit}"], row[f"APR {unit}"] - published)
+            errors = np.linalg.norm(predictions[position] - labels[position], axis=1)
+            assert np.isclose(row[f"{kind} m"], np.median(errors), atol=1e-5)
+        for unit, published in zip(("m", "deg"), DATASETS[name].medians[scene]):
+            assert row[f"published {unit}"] == published
+            assert np.isclose(row[f"difference {unit}"], row[f"APR {unit}"] - published)
     assert len(printed) == len(tested) * len(there)
     assert np.allclose(table.loc["average"], table.iloc[:-1].mean())
     text = (tmp_path / "out" / f"{name}.md").read_text()
-    assert text in output and text.startswith(f"| scene | published | APR | difference |{' PAE | refined |' if len(tested) > 1 else ''}\n")
+    more = " PAE | refined |" if len(tested) > 1 else ""
+    assert text in output and text.startswith(f"| scene | published | APR | difference |{more}\n")
     assert ("Not on disk, and not in the average: StMarysChurch" in text) == (name == "CambridgeLandmarks")
 
 
@@ -88,17 +95,22 @@ def test_what_cannot_be_reproduced_is_named(dataset, printed, tmp_path):
         return errors
 
     arguments = dataset("7Scenes", ["chess"], 4)
-    assert "chess, APR: main.py: error: " in refused(*arguments) and "num_scenes 4, but the config says 7" in refused(*arguments)
+    said = refused(*arguments)
+    assert "chess, APR: main.py: error: " in said and "num_scenes 4, but the config says 7" in said
     (tmp_path / "apr.json").write_text('{"scene_names": ["KingsCollege", "OldHospital"]}')
-    assert "apr.pth: trained on KingsCollege, OldHospital, as the JSON beside it says, not on chess" in refused(*arguments)
+    assert ("apr.pth: trained on KingsCollege, OldHospital, as the JSON beside it says, not on chess"
+            in refused(*arguments))
     (tmp_path / "apr.json").unlink()
-    assert "no scene of CambridgeLandmarks is there" in refused("CambridgeLandmarks", *arguments[1:])
+    assert "no scene of CambridgeLandmarks exists there" in refused("CambridgeLandmarks", *arguments[1:])
     assert "--solver needs --encoder_checkpoint" in refused(*arguments, "--solver", "mlp")
     with_pae = [*arguments, "--encoder_checkpoint", tmp_path / "pae.pth", "--solver", "linear"]
-    assert "pae.pth: does not hold the covariance of latents that linear works with; choose --solver mlp or simplex" in refused(*with_pae)
+    assert ("pae.pth: does not hold the covariance of latents that linear works with; choose --solver mlp or simplex"
+            in refused(*with_pae))
     with_pae[with_pae.index(tmp_path / "pae.pth")] = tmp_path / "apr.pth"
     assert "apr.pth: weights of ems-transposenet, but a PAE's are needed" in refused(*with_pae)
     assert "a checkpoint of multi-scene PAE, but an APR's is needed" in refused(*arguments[:6], tmp_path / "pae.pth")
-    torch.save(get_model("posenet", "none", {"hidden_dim": 8, "backbone_type": "mobilenet"}).state_dict(), tmp_path / "posenet.pth")
-    assert "a model of one scene; give the path of each scene's with {scene}" in refused(*arguments[:6], tmp_path / "posenet.pth")
+    posenet = get_model("posenet", "none", {"hidden_dim": 8, "backbone_type": "mobilenet"})
+    torch.save(posenet.state_dict(), tmp_path / "posenet.pth")
+    assert ("a model of one scene; give the path of each scene's with {scene}"
+            in refused(*arguments[:6], tmp_path / "posenet.pth"))
     assert not list((tmp_path / "out").glob("*.md"))

@@ -1,6 +1,5 @@
-"""What makes it fast changes no result: attention, dropout, precision, batches, and latents computed once."""
+"""Optimisations do not change results: attention, dropout, precision, batches, and latents that are computed once."""
 import copy
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,14 +9,19 @@ import torch.nn.functional as F
 from conftest import ROOT, run_here, weights_of, write_labels, write_scene
 from torch import nn
 
-from datasets.camera_poses import CameraPoseDataset, epoch_order, test_batches as ordered_batches, to_input, train_transform
+from datasets.camera_poses import CameraPoseDataset
+from datasets.transforms import to_input
+from engine import training
+from engine.evaluation import compute_latents
+from engine.run import Run
 from models import build_pose_encoder, get_model, load_apr
 from models.backbones import build_backbone
-from models.transformer import CrossAttention, Dropout, SelfAttention
-from util import engine
-from util.latents import compute_latents, latent_batches
+from models.cpu import Dropout
+from models.transformer import CrossAttention, SelfAttention
+from util.config import Config
 from util.losses import CameraPoseLoss
 from util.rotations import mean_quaternion
+from util.seeds import epoch_order
 
 SMALL = {"backbone_type": "mobilenet", "hidden_dim": 32, "num_scenes": 2, "nhead": 4, "dim_feedforward": 32,
          **{f"num_{branch}_{part}coder_layers": 1 for branch in ("t", "rot") for part in ("en", "de")}}
@@ -27,7 +31,7 @@ SMALL = {"backbone_type": "mobilenet", "hidden_dim": 32, "num_scenes": 2, "nhead
 def test_attention_and_its_gradients_equal_pytorchs(ours):
     torch.manual_seed(0)
     attention, reference = ours(24, 3, batch_first=True), nn.MultiheadAttention(24, 3, batch_first=True)
-    nn.init.normal_(attention.in_proj_bias)  # 0 by default, which would hide it
+    nn.init.normal_(attention.in_proj_bias)  # its default of 0 would hide mistakes
     nn.init.normal_(attention.out_proj.bias)
     reference.load_state_dict(attention.state_dict())
     inputs = [torch.randn(2, 5, 24), torch.randn(2, 11, 24), torch.randn(2, 11, 24)]
@@ -39,7 +43,7 @@ def test_attention_and_its_gradients_equal_pytorchs(ours):
         given = [x.clone().requires_grad_() for x in inputs]
         output = call(module, *given)
         (output * weight).sum().backward()
-        # PyTorch has a gradient of exactly 0, up to rounding, for the keys' bias of either; ours has none of cross-attention's.
+        # For the keys' bias, PyTorch's gradient is 0 up to rounding. In our cross-attention it is exactly 0.
         return [output, *(x.grad for x in given), *(p.grad for p in module.parameters())]
 
     def of_pytorch(module, *given):
@@ -51,14 +55,14 @@ def test_attention_and_its_gradients_equal_pytorchs(ours):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_dropout_drops_as_many_as_it_should_and_scales_the_rest():
+def test_dropout_drops_the_given_fraction_and_scales_the_rest():
     torch.manual_seed(0)
     for p in (0.1, 0.5):
         x = torch.full((1000, 1003), 3.0, requires_grad=True)
         y = Dropout(p)(x)
         dropped = (y == 0).float()
         assert abs(dropped.mean() - p) < 5 * (p * (1 - p) / x.numel()) ** 0.5
-        # Rows and columns are independent: their shares scatter as binomial ones do.
+        # Elements are independent: the dropped fractions of rows and of columns have binomial deviations.
         for dim in (0, 1):
             assert abs(dropped.mean(dim=dim).std() / (p * (1 - p) / x.shape[dim]) ** 0.5 - 1) < 0.15
         assert torch.allclose(y[y != 0], torch.tensor(3 / (1 - p)), rtol=1e-4)
@@ -86,24 +90,26 @@ def test_attention_in_training_has_the_mean_of_attention_in_testing():
 def test_low_precision_stays_in_the_network(name):
     torch.manual_seed(0)
     image = {"img": torch.randn(2, 3, 224, 224), "scene": torch.tensor([0, 1])}
-    models = {precision: get_model(name, "none", {**SMALL, "precision": precision}) for precision in ("fp32", "bf16", "auto")}
+    models = {precision: get_model(name, "none", {**SMALL, "precision": precision})
+              for precision in ("fp32", "bf16", "auto")}
     weights = models["fp32"].state_dict()
     # A position in kilometres: bf16 would round it to 8 m.
-    bias = {"posenet": "x_reg", "ms-transposenet": "regressor_head_t.0.fc_o", "ems-transposenet": "regressor_head_t.fc_o"}[name]
-    weights[f"{bias}.bias"] += 1001.0
+    head = {"posenet": "x_reg", "ms-transposenet": "regressor_head_t.0.fc_o",
+            "ems-transposenet": "regressor_head_t.fc_o"}[name]
+    weights[f"{head}.bias"] += 1001.0
     for model in models.values():
         model.load_state_dict(weights)
     with torch.no_grad():
         results = {precision: model.eval()(image) for precision, model in models.items()}
     for key, exact in results["fp32"].items():
-        assert torch.equal(results["auto"][key], exact)  # tests are exact
+        assert torch.equal(results["auto"][key], exact)  # tests run in fp32
         assert results["bf16"][key].dtype == torch.float32
     assert any(not torch.equal(results["bf16"][key], exact) for key, exact in results["fp32"].items())
     assert (results["bf16"]["pose"][0] - results["fp32"]["pose"][0]).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("backbone_type", ["mobilenet", "efficientnet"])
-def test_depthwise_convolutions_that_a_cpu_trains_in_fp32_stay_what_they_are(backbone_type):
+def test_depthwise_convolutions_that_a_cpu_trains_in_fp32_compute_the_same(backbone_type):
     torch.manual_seed(0)
     found = [module for module in build_backbone(backbone_type, "none").modules()
              if isinstance(module, nn.Conv2d) and type(module).__name__.startswith("_")]
@@ -128,13 +134,13 @@ def test_fp16_scales_the_loss_and_takes_the_same_steps(tmp_path, precision, scal
     model.weight.register_hook(gradients.append)
     config = {"lr": 0.1, "eps": 1e-10, "weight_decay": 0, "lr_scheduler_step_size": 100, "lr_scheduler_gamma": 1,
               "n_epochs": 3, "n_freq_print": 1, "n_freq_checkpoint": 100, "precision": precision}
-    run = SimpleNamespace(config=config, device=torch.device("cpu"), args=SimpleNamespace(tensorboard=False), prefix=str(tmp_path / precision), resumed=None, settings="{}")
+    run = Run(Config(config), torch.device("cpu"), "train", prefix=str(tmp_path / precision), settings="{}")
 
     def step(batch):
         pose = model(batch["pose"])
         return (pose ** 2).mean(), pose
 
-    engine.train(run, model, nn.Module(), lambda epoch: [{"pose": poses} for poses in data], step, {})
+    training.train(run, model, nn.Module(), lambda epoch: [{"pose": poses} for poses in data], step, {})
     optimizer = torch.optim.Adam(expected.parameters(), lr=0.1, eps=1e-10)
     for poses in data.repeat(3, 1, 1):
         optimizer.zero_grad()
@@ -152,43 +158,48 @@ def layout(tmp_path_factory):
     write_labels(folder / "labels.csv", write_scene(folder, "attic", 7, "train"))
 
     def arguments(mode, *weights):
-        return ["posenet", mode, "none", folder, folder / "labels.csv", ROOT / "config.json", *weights, "--output_dir",
-                folder / "out", "--set", "backbone_type=mobilenet", "hidden_dim=32", "batch_size=3", "n_workers=0", "n_epochs=4"]
+        return ["posenet", mode, "none", folder, folder / "labels.csv", ROOT / "config.json", *weights,
+                "--output_dir", folder / "out",
+                "--set", "backbone_type=mobilenet", "hidden_dim=32", "batch_size=3", "n_workers=0", "n_epochs=4"]
+
     torch.manual_seed(0)
     torch.save(get_model("posenet", "none", SMALL).state_dict(), folder / "apr.pth")
     return folder, arguments
 
 
-def test_a_test_in_batches_finds_what_single_frames_give(layout):
+def test_a_test_in_batches_has_the_errors_of_single_frames(layout):
     folder, arguments = layout
     tables = {}
     for size in (1, 5):
-        output = run_here("main.py", *arguments("test"), f"test_batch_size={size}", "--checkpoint_path", folder / "apr.pth",
-                          "--predictions_path", folder / f"{size}.csv")
+        output = run_here("main.py", *arguments("test"), f"test_batch_size={size}",
+                          "--checkpoint_path", folder / "apr.pth", "--predictions_path", folder / f"{size}.csv")
         tables[size] = pd.read_csv(folder / f"{size}.csv").select_dtypes("number")
         assert len([line for line in output.splitlines() if line.startswith("Pose error")]) == 7
     assert np.allclose(tables[1], tables[5], rtol=1e-4, atol=1e-5)
 
 
-def test_latents_computed_once_train_the_pae_that_a_teacher_in_every_epoch_trains(layout):
+def test_latents_computed_once_train_the_same_pae_as_a_teacher_in_every_epoch(layout):
     folder, arguments = layout
     settings = ["precision=fp32", "average_last=0", "lr=1e-3", "eps=1e-6", "octaves=6", "pae_input=estimated"]
-    trained = torch.load(weights_of(run_here("main_learn_pose_encoding.py", *arguments("train", folder / "apr.pth"), *settings)))
+    output = run_here("main_learn_pose_encoding.py", *arguments("train", folder / "apr.pth"), *settings)
+    trained = torch.load(weights_of(output))
 
     torch.manual_seed(0)
     apr = load_apr("posenet", "none", dict(SMALL), folder / "apr.pth").eval().requires_grad_(False)
     encoder = build_pose_encoder("posenet", SMALL)
     pose_loss = CameraPoseLoss({"learnable": True, "s_x": -3.0, "s_q": -6.5, "norm": 2})
     initial = copy.deepcopy(encoder.state_dict())
-    optimizer = torch.optim.Adam([*encoder.parameters(), *pose_loss.parameters()], lr=1e-3, eps=1e-6, weight_decay=1e-4)  # larger: rounding is not amplified
+    # The eps is larger than usual, so that rounding errors are not amplified.
+    optimizer = torch.optim.Adam([*encoder.parameters(), *pose_loss.parameters()], lr=1e-3, eps=1e-6, weight_decay=1e-4)
     dataset = CameraPoseDataset(folder, folder / "labels.csv")
+    # Positions are relative to their median, in units of the median distance from it.
     centre = dataset.poses[:, :3].median(dim=0).values
     encoder.centre[0], encoder.scale[0] = centre, (dataset.poses[:, :3] - centre).norm(dim=1).median()
     encoder.mean_orientation[0] = mean_quaternion(dataset.poses[:, 3:].double())
     for epoch in range(4):
         for rows in epoch_order(7, 0, epoch).split(3):
             result = apr({"img": to_input(torch.stack([dataset[int(row)]["img"] for row in rows]))})
-            latent_x, latent_q = encoder(result["pose"])  # positions from their median, in units of the median distance
+            latent_x, latent_q = encoder(result["pose"])
             loss = (F.mse_loss(latent_x, result["latent_x"]) + F.mse_loss(latent_q, result["latent_q"])
                     + pose_loss(apr.regress(latent_x, latent_q), dataset.poses[rows]))
             optimizer.zero_grad()
@@ -208,11 +219,10 @@ def test_latents_are_what_the_apr_gives_for_each_frame(layout, name):
     for module in apr.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    # With batch norm's statistics of these frames the latents tell frames and scenes apart.
+    # With batch norm's statistics of these frames, latents differ between frames and between scenes.
     apr.train()({"img": to_input(torch.stack([dataset[i]["img"] for i in range(7)])), "scene": torch.zeros(7)})
     apr.eval()
-    run = SimpleNamespace(config={"test_batch_size": 3, "n_workers": 0}, device=torch.device("cpu"),
-                          args=SimpleNamespace(cache_dir=None))
+    run = Run(Config({"test_batch_size": 3, "n_workers": 0}), torch.device("cpu"))
     latents = compute_latents(run, apr, dataset)
     for i in range(7):
         with torch.no_grad():
@@ -223,27 +233,3 @@ def test_latents_are_what_the_apr_gives_for_each_frame(layout, name):
         if name == "ems-transposenet":
             assert single["scene_log_distr"].diff().abs() > 1e-4  # not decided by rounding
             assert latents["scene"][i] == single["scene_log_distr"].argmax()
-
-
-def test_latent_views_are_augmented_and_take_turns(layout, monkeypatch):
-    folder, arguments = layout
-    from models.posenet import PoseNet
-    seen = []
-    forward = PoseNet.forward
-    monkeypatch.setattr(PoseNet, "forward", lambda self, data: seen.append(data["img"]) or forward(self, data))
-    for script, weights in (("main_learn_pose_encoding.py", ["apr.pth"]), ("main_refine_apr.py", ["apr.pth", "pae.pth"])):
-        seen.clear()
-        torch.save(build_pose_encoder("posenet", SMALL).state_dict(), folder / "pae.pth")
-        run_here(script, *arguments("train", *(folder / name for name in weights)), "latent_views=3")
-        dataset = CameraPoseDataset(folder, folder / "labels.csv", train_transform())
-        views = [to_input(torch.cat([batch["img"] for batch in ordered_batches(dataset, 7, 0, epoch)])) for epoch in range(3)]
-        assert torch.equal(torch.cat(seen), torch.cat(views)) and not torch.equal(views[0], views[1])
-
-    latents = {"pose": torch.arange(5).repeat(3), "view": torch.arange(3).repeat_interleave(5)}
-    batches = latent_batches(latents, 2, 0, n_views=3)
-    drawn = set()
-    for epoch in range(3):
-        rows = {key: torch.cat([batch[key] for batch in batches(epoch)]).tolist() for key in latents}
-        assert sorted(rows["pose"]) == list(range(5)) and len(set(rows["view"])) > 1
-        drawn |= set(zip(rows["pose"], rows["view"]))
-    assert len(drawn) == 15

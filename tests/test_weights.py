@@ -1,4 +1,4 @@
-"""Backbone weights and checkpoints: what is read, what is refused, and that no code of a file runs."""
+"""Backbone weights and checkpoints: what is read, what is refused, and that code in a file never runs."""
 import hashlib
 import pickle
 import threading
@@ -14,7 +14,15 @@ from efficientnet_pytorch import EfficientNet
 from torch import nn
 
 from models import APR_NAMES, backbones, build_pose_encoder, get_model, load_apr
-from models.checkpoints import fill, fingerprint, read_about, read_checkpoint, read_module_tensors, read_weights, save_weights
+from models.checkpoints import (
+    fill,
+    fingerprint,
+    read_about,
+    read_checkpoint,
+    read_module_tensors,
+    read_weights,
+    save_weights,
+)
 from models.pose_encoder import PoseEncoder
 from models.pose_refiner import PoseRefiner
 from util.errors import UserError
@@ -30,9 +38,9 @@ def posenet(backbone_type, path="none"):
 
 
 def assert_backbone_equals(model, network):
-    """Every tensor of the network but its classifier's is in the model's backbone, in order."""
-    ours, theirs = ([tensor for key, tensor in module.state_dict().items() if not key.startswith(("_fc.", "fc.", "classifier."))]
-                    for module in (model.backbone, network))
+    """Assert that the model's backbone has every tensor of the network but the classifier's, in order."""
+    ours, theirs = ([tensor for key, tensor in module.state_dict().items()
+                     if not key.startswith(("_fc.", "fc.", "classifier."))] for module in (model.backbone, network))
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
@@ -65,7 +73,7 @@ class Hostile:
 @pytest.mark.parametrize("inside", [False, True])
 def test_code_in_a_file_never_runs(tmp_path, zip_format, inside):
     marker = tmp_path / "code-ran"
-    if inside:  # within an otherwise genuine module, which the reader follows further
+    if inside:  # within an otherwise genuine module, which is read further
         loaded = BACKBONES["efficientnet"]()
         loaded._conv_stem.extra = Hostile(marker)
     else:
@@ -79,7 +87,7 @@ def test_code_in_a_file_never_runs(tmp_path, zip_format, inside):
     assert not marker.exists()
 
 
-MARKS = "from-torchscript"  # a file that the code of a TorchScript makes, in the working directory
+MARK = "from-torchscript"  # a file that the TorchScript's code makes in the working directory
 
 
 class Scripted(nn.Module):
@@ -94,13 +102,14 @@ class Scripted(nn.Module):
     @torch.jit.export
     def __setstate__(self, state: tuple[torch.Tensor, bool]):
         self.weight, self.training = state
-        print(torch.from_file("from-torchscript", True, 4, dtype=torch.uint8).fill_(65))  # printed, or the compiler leaves it out
+        # Printed, since the compiler leaves unused values out.
+        print(torch.from_file("from-torchscript", True, 4, dtype=torch.uint8).fill_(65))
 
     def forward(self, x):
         return x
 
 
-def test_torchscript_that_poses_as_the_format_before_1_6_never_runs(tmp_path, monkeypatch):
+def test_torchscript_disguised_as_the_format_before_1_6_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record = b"x" * 50
     torch.jit.save(torch.jit.script(Scripted()), "script.pt", _extra_files={"persistent_load": record})
@@ -108,16 +117,17 @@ def test_torchscript_that_poses_as_the_format_before_1_6_never_runs(tmp_path, mo
         for member in script.infolist():
             hostile.writestr(member.filename, script.read(member))
     content = bytearray(Path("hostile.pth").read_bytes())
-    content[content.find(record)] ^= 1  # the reader names this record, as the legacy format's pickles name their function
+    # The reader names this record in its error, as the pickles of the legacy format name their function.
+    content[content.find(record)] ^= 1
     content[14:24] = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
     Path("hostile.pth").write_bytes(content)
-    Path(MARKS).unlink(missing_ok=True)
+    Path(MARK).unlink(missing_ok=True)
     for read in (read_weights, read_module_tensors):
         with pytest.raises(UserError, match="hostile.pth: not a readable weights file"):
             read("hostile.pth")
-    assert not Path(MARKS).exists()
+    assert not Path(MARK).exists()
     torch.jit.load("script.pt")
-    assert Path(MARKS).exists()
+    assert Path(MARK).exists()
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
@@ -127,19 +137,23 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
 
 
 def wrapped(weights, kind):
-    """A state dict as other trainings save it."""
-    prefix = {"module": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod.", "averaged": "module."}.get(kind, "")
+    """Return a state dict as other trainings save it."""
+    prefix = {"module": "module.", "compiled": "_orig_mod.", "both": "module._orig_mod.",
+              "averaged": "module."}.get(kind, "")
     weights = {f"{prefix}{key}": value for key, value in weights.items()}
     if kind == "averaged":
         return {"n_averaged": torch.tensor(7), **weights}
     if kind == "inner":  # a compiled or parallel part of the model
-        return {key.replace("backbone.", "backbone._orig_mod.").replace("encoder.", "encoder.module."): value for key, value in weights.items()}
-    return {"epoch": 3, "optimizer": {"state": {}}, kind: weights} if kind in ("state_dict", "model_state_dict", "model") else (
-        {"model": {"state_dict": wrapped(weights, "module")}} if kind == "deep" else weights)
+        return {key.replace("backbone.", "backbone._orig_mod.").replace("encoder.", "encoder.module."): value
+                for key, value in weights.items()}
+    if kind in ("state_dict", "model_state_dict", "model"):
+        return {"epoch": 3, "optimizer": {"state": {}}, kind: weights}
+    return {"model": {"state_dict": wrapped(weights, "module")}} if kind == "deep" else weights
 
 
-@pytest.mark.parametrize("kind", ["module", "compiled", "both", "averaged", "inner", "state_dict", "model_state_dict", "model", "deep"])
-def test_wrapped_checkpoints_are_loaded_with_a_word_about_it(tmp_path, caplog, kind):
+@pytest.mark.parametrize("kind", ["module", "compiled", "both", "averaged", "inner", "state_dict", "model_state_dict",
+                                  "model", "deep"])
+def test_wrapped_checkpoints_are_loaded_and_reported(tmp_path, caplog, kind):
     caplog.set_level("INFO")
     torch.manual_seed(0)
     apr, pae, refiner = posenet("mobilenet"), PoseEncoder(8), PoseRefiner(8)
@@ -155,13 +169,14 @@ def test_wrapped_checkpoints_are_loaded_with_a_word_about_it(tmp_path, caplog, k
         assert all(map(torch.equal, module.state_dict().values(), loaded[name].state_dict().values()))
     assert loaded["pae"].takes_unit_quaternions
     assert_backbone_equals(posenet("mobilenet", tmp_path / "backbone.pth"), network)
-    said = [message for message in caplog.messages if "the weights are" in message]
-    assert len(said) == (2 if kind == "inner" else 4)  # the refiner and torchvision's backbone have no such parts
+    reports = [message for message in caplog.messages if "the weights are" in message]
+    assert len(reports) == (2 if kind == "inner" else 4)  # the refiner and torchvision's backbone have no such parts
     if kind == "deep":
-        assert "refiner.pth: the weights are its entry 'model', its entry 'state_dict', without module. in its names" in said[0]
+        assert ("refiner.pth: the weights are its entry 'model', its entry 'state_dict', without module. in its names"
+                in reports[0])
 
 
-def test_a_wrapped_pae_keeps_the_version_that_its_metadata_has(tmp_path):
+def test_a_wrapped_pae_keeps_the_version_in_its_metadata(tmp_path):
     published = PoseEncoder(8)
     published._version = 1
     module = nn.Module()
@@ -170,12 +185,14 @@ def test_a_wrapped_pae_keeps_the_version_that_its_metadata_has(tmp_path):
     torch.save(state, tmp_path / "pae.pth")
     assert not build_pose_encoder("posenet", {"hidden_dim": 8}, tmp_path / "pae.pth").takes_unit_quaternions
     torch.save({"module.x_reg.bias": torch.zeros(3), "x_reg.bias": torch.zeros(3)}, tmp_path / "twice.pth")
-    with pytest.raises(UserError, match="twice.pth: holds two tensors of one name, with and without module. before it"):
+    problem = "twice.pth: holds two tensors of the same name, with and without module. before it"
+    with pytest.raises(UserError, match=problem):
         read_weights(tmp_path / "twice.pth")
 
 
-@pytest.mark.parametrize("backbone_type, key", [("mobilenet", "features.3.conv.0.0.weight"), ("resnet50", "layer1.0.bn1.running_var"),
-                                                ("efficientnet", "_bn0.bias")])
+@pytest.mark.parametrize("backbone_type, key", [
+    ("mobilenet", "features.3.conv.0.0.weight"), ("resnet50", "layer1.0.bn1.running_var"),
+    ("efficientnet", "_bn0.bias")])
 def test_a_backbone_that_is_not_finite_is_named_with_its_tensor(tmp_path, backbone_type, key):
     weights = BACKBONES[backbone_type]().state_dict()
     weights[key].view(-1)[0] = float("inf" if backbone_type == "resnet50" else "nan")
@@ -185,7 +202,8 @@ def test_a_backbone_that_is_not_finite_is_named_with_its_tensor(tmp_path, backbo
 
 
 @pytest.mark.parametrize("spoil, problem", [
-    (lambda tensor: tensor.to_sparse(), "q_reg.weight is sparse"), (lambda tensor: (100 * tensor).int(), "kind int32, but a network's weights are floats"),
+    (lambda tensor: tensor.to_sparse(), "q_reg.weight is sparse"),
+    (lambda tensor: (100 * tensor).int(), "kind int32, but a network's weights are floats"),
     (lambda tensor: tensor.to(torch.complex64), "kind complex64")])
 def test_numbers_of_other_kinds_are_refused(tmp_path, spoil, problem):
     weights = posenet("mobilenet").state_dict()
@@ -195,7 +213,7 @@ def test_numbers_of_other_kinds_are_refused(tmp_path, spoil, problem):
         load_apr("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 8}, tmp_path / "apr.pth")
 
 
-def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
+def test_a_fingerprint_depends_on_the_weights_alone(tmp_path):
     apr = posenet("mobilenet")
     torch.save({f"module.{key}": value for key, value in apr.state_dict().items()}, tmp_path / "apr.pth")
     same = load_apr("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 8}, tmp_path / "apr.pth")
@@ -207,7 +225,7 @@ def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
 
 @pytest.fixture
 def server(tmp_path):
-    """A local server of a folder; yields the folder and its URL."""
+    """Serve a folder locally; yields the folder and its URL."""
     folder = tmp_path / "served"
     folder.mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=folder)
@@ -225,15 +243,17 @@ def test_imagenet_weights_are_downloaded_and_verified(tmp_path, monkeypatch, ser
     torch.save(network.state_dict(), folder / "weights.pth")
     digest = hashlib.sha256((folder / "weights.pth").read_bytes()).hexdigest()[:8]
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    # A file whose name promises other contents, as after a damaged download, then the genuine one.
+    # A file whose hash is not that in its name, as after a damaged download, then the genuine one.
     (folder / "backbone-00000000.pth").write_bytes((folder / "weights.pth").read_bytes())
     (folder / "weights.pth").rename(folder / f"backbone-{digest}.pth")
-    for name, right in (("backbone-00000000.pth", False), (f"backbone-{digest}.pth", True), ("gone-00000000.pth", False)):
+    for name, genuine in (("backbone-00000000.pth", False), (f"backbone-{digest}.pth", True),
+                          ("gone-00000000.pth", False)):
         monkeypatch.setitem(backbones._IMAGENET_URLS, backbone_type, f"{url}/{name}")
-        if right:
+        if genuine:
             assert_backbone_equals(posenet(backbone_type, "imagenet"), network)
         else:
-            with pytest.raises(UserError, match=f"imagenet: {url}/{name} could not be downloaded, or its copy under .* is damaged"):
+            problem = f"imagenet: {url}/{name} could not be downloaded, or its copy under .* is damaged"
+            with pytest.raises(UserError, match=problem):
                 posenet(backbone_type, "imagenet")
 
 
@@ -242,7 +262,7 @@ def config_for(model_name, **changes):
 
 
 @pytest.mark.parametrize("model_name", APR_NAMES)
-def test_a_checkpoint_comes_back(tmp_path, model_name):
+def test_a_saved_checkpoint_loads_again(tmp_path, model_name):
     model = load_apr(model_name, "none", config_for(model_name)).eval()
     save_weights(tmp_path / "apr.pth", model.state_dict(), {"scene_names": ["a", "b", "c"]})
     again = load_apr(model_name, "none", config_for(model_name), tmp_path / "apr.pth").eval()
@@ -265,15 +285,16 @@ def test_what_tensors_determine_is_checked_against_the_config(tmp_path, model_na
         load_apr(model_name, "none", config_for(model_name, **changes), tmp_path / "apr.pth")
 
 
-def test_the_checkpoints_layers_win(tmp_path, caplog):
+def test_the_checkpoints_numbers_of_layers_replace_the_configs(tmp_path, caplog):
     caplog.set_level("INFO")
-    torch.save(get_model("ems-transposenet", "none", {**SMALL, "num_rot_encoder_layers": 1}).state_dict(), tmp_path / "apr.pth")
+    saved = get_model("ems-transposenet", "none", {**SMALL, "num_rot_encoder_layers": 1})
+    torch.save(saved.state_dict(), tmp_path / "apr.pth")
     apr = load_apr("ems-transposenet", "none", dict(SMALL), tmp_path / "apr.pth")
     assert len(apr.transformer_rot.encoder.layers) == 1 and len(apr.transformer_t.encoder.layers) == 2
     assert [r.getMessage() for r in caplog.records if "num_rot_encoder_layers 2 -> 1" in r.getMessage()]
 
 
-def test_heads_are_8_unless_nhead_says_otherwise():
+def test_attention_has_8_heads_unless_nhead_differs():
     config = {**SMALL, "nheads": 4}
     del config["nhead"]
     assert get_model("ems-transposenet", "none", config).transformer_t.encoder.layers[0].self_attn.num_heads == 8
@@ -289,8 +310,8 @@ def test_heads_are_8_unless_nhead_says_otherwise():
 def test_a_pae_is_checked_against_the_config(tmp_path, model_name, built, config, problem):
     torch.save(PoseEncoder(16, **built).state_dict(), tmp_path / "pae.pth")
     with pytest.raises(UserError, match=problem):
-        build_pose_encoder(model_name, {"hidden_dim": 16, "apply_positional_encoding": True, "shallow_mlp": False, **config},
-                           tmp_path / "pae.pth")
+        build_pose_encoder(model_name, {"hidden_dim": 16, "apply_positional_encoding": True, "shallow_mlp": False,
+                                        **config}, tmp_path / "pae.pth")
 
 
 def test_a_published_pae_gets_the_raw_estimate_and_ours_a_unit_quaternion(tmp_path):
@@ -299,11 +320,13 @@ def test_a_published_pae_gets_the_raw_estimate_and_ours_a_unit_quaternion(tmp_pa
     ours = PoseEncoder(8)
     torch.save(ours.state_dict(), tmp_path / "ours.pth")
     published = ours.state_dict()
-    published._metadata[""]["version"] = 1  # what PyTorch writes for a module that says nothing
+    published._metadata[""]["version"] = 1  # what PyTorch writes for a module without a version
     torch.save(published, tmp_path / "published.pth")
-    torch.save({key: value for key, value in ours.state_dict().items() if "encoder" in key}, tmp_path / "without_metadata.pth")
+    torch.save({key: value for key, value in ours.state_dict().items() if "encoder" in key},
+               tmp_path / "without_metadata.pth")
     torch.save(dict(ours.state_dict()), tmp_path / "ours_without_metadata.pth")
-    for name, normalises in (("ours", True), ("ours_without_metadata", True), ("published", False), ("without_metadata", False)):
+    for name, normalises in (("ours", True), ("ours_without_metadata", True), ("published", False),
+                             ("without_metadata", False)):
         encoder = build_pose_encoder("posenet", {"hidden_dim": 8}, tmp_path / f"{name}.pth")
         for _ in range(2):  # a PAE that is saved again stays what it is
             assert encoder.takes_unit_quaternions == normalises

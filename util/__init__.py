@@ -1,1 +1,1 @@
-"""Arguments, configuration, training and evaluation loops, losses and metrics."""
+"""What the other packages stand on: errors, files, logging, configuration, processes, rotations, losses, metrics."""

@@ -1,8 +1,8 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The exception that stands for a mistake of the user's."""
 
 
 def first_five(problems):
-    """One text of a list of at least one: the only one, or for several their number and the first five."""
+    """Return one string for a list of at least one problem: the only one, or their number and the first five."""
     if len(problems) == 1:
         return problems[0]
     rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
@@ -10,11 +10,11 @@ def first_five(problems):
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one line, exit status 2, no traceback.
+    """A mistake that the user can fix: shown as one line, with exit status 2 and no traceback.
 
-    The message names the file, the row or the key, says what is wrong and what would be right.
+    The message names the file, the row or the key, and says what is wrong and what would be right.
     """
 
     def __init__(self, message):
-        # An exception raised in a data loading worker comes back with the worker's traceback as its text.
+        # An exception from a data loading worker arrives with the worker's traceback in its message.
         super().__init__(" ".join(message.rsplit(f"{type(self).__name__}: ", 1)[-1].split()))

@@ -1,4 +1,4 @@
-"""Telling files apart, writing them whole or not at all, and locks that end with their process."""
+"""Files: comparing paths, writing files whole or not at all, and locks that end with their process."""
 import glob
 import os
 import secrets
@@ -8,16 +8,14 @@ from pathlib import Path
 
 try:
     from fcntl import LOCK_EX, LOCK_NB, lockf
-except ImportError:  # another system: no locks
-    def lockf(*args):
-        pass
-    LOCK_EX = LOCK_NB = 0
+except ImportError:  # a system without these locks
+    lockf = None
 
 from util.errors import UserError
 
 
 def same_file(path, other):
-    """Whether two paths lead to one file that is there."""
+    """Return whether two paths lead to the same existing file."""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
@@ -25,21 +23,21 @@ def same_file(path, other):
 def whole_file(path, mode="w"):
     """Open a file for writing that appears under `path` complete or not at all.
 
-    It is written beside `path` and renamed when the block ends without an exception. What a process left that was killed
-    while it wrote this file is removed. Raises UserError where the system refuses to write.
+    The file is written beside `path`, and renamed if the block ends without an exception. Incomplete files of killed
+    processes that were writing the same file are removed. Raises UserError if the system refuses to write.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: cannot be written: is no file")
+        raise UserError(f"{path}: cannot be written: it is not a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(glob.escape(str(path)) + ".*.part", older_than=60)  # seconds; a part is not locked at once
+        remove_parts(glob.escape(str(path)) + ".*.part", older_than=60)  # a file is locked a moment after it is created
         with open(part, mode) as file:
             lock(file)
             yield file
             file.flush()
-            os.fsync(file.fileno())  # some file systems tell only now that they are full
+            os.fsync(file.fileno())  # some file systems report only now that they are full
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -49,20 +47,26 @@ def whole_file(path, mode="w"):
 
 
 def lock(file):
-    """Lock an open file, or descriptor, until it is closed or the process ends in any way; returns whether no other process
-    has it locked. Where a file system has no locks, none has."""
+    """Lock an open file, or descriptor, until it is closed or the process ends in any way.
+
+    Returns False if another process has locked it, else True, also on a file system without locks.
+    """
+    if lockf is None:
+        return True
     try:
         lockf(file, LOCK_EX | LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:
+    except OSError:  # a file system without locks
         pass
     return True
 
 
 def remove_parts(pattern, older_than=0):
-    """Remove files that match a pattern, were last changed so many seconds ago, and are not locked: what killed processes
-    left of files they wrote."""
+    """Remove incomplete files that killed processes left: those that match a pattern and are not locked.
+
+    older_than: seconds since the last change of a file before it may be removed.
+    """
     for part in glob.glob(pattern):
         with suppress(OSError), open(part, "r+b") as file:
             if os.path.getmtime(part) <= time.time() - older_than and lock(file):

@@ -1,15 +1,15 @@
-"""Pose errors."""
+"""Pose errors, their medians, and the change of medians by refinement."""
 import numpy as np
 import torch
 
-BLOCK = 25  # frames
+BLOCK = 25  # frames per block of the bootstrap
 
 
 def pose_err(est_pose, gt_pose):
-    """Position errors in metres and orientation errors in degrees: two of N x 7 -> N, N, float64.
+    """Return position errors in metres and orientation errors in degrees: N x 7, N x 7 -> N, N, in float64.
 
-    The orientation error is the angle of the rotation between the two, 2 acos |<q, q'>| of the unit quaternions,
-    computed from their difference and sum so that it is exact near 0 too. Quaternions need not be unit.
+    The orientation error is the angle of the rotation between the two: 2 acos |<q, q'>| for unit quaternions. It is
+    computed from their difference and sum, so that it is exact near 0 too. Quaternions need not be unit.
     """
     est_pose, gt_pose = est_pose.double(), gt_pose.double()
     position_error = torch.linalg.vector_norm(est_pose[:, :3] - gt_pose[:, :3], dim=1)
@@ -19,12 +19,14 @@ def pose_err(est_pose, gt_pose):
 
 
 def changes(before, after, n_samples=5000):
-    """By how much refinement changes the median errors, in per cent, with 95 % intervals: two of (change, low, high), of
-    position and of orientation.
+    """Return the change of the median errors by refinement, in per cent, with 95 % intervals.
 
-    before, after: errors as pose_err gives them, each two of ... x N, N consecutive frames; leading dimensions are runs on
-    the same frames, whose medians are taken over all of them. The intervals are the percentiles of a paired bootstrap over
-    blocks of at most BLOCK frames, since neighbouring frames err alike (Kuensch, 1989); NaN with fewer than four blocks.
+    before, after: errors of the same frames as `pose_err` returns them, (position, orientation), each ... x N for N
+    consecutive frames. Leading dimensions are runs; medians are taken over all of them.
+
+    Returns (change, low, high) of the position error and of the orientation error. The intervals are percentiles of a
+    paired bootstrap over blocks of at most BLOCK frames, since errors of neighbouring frames are correlated (Kuensch,
+    1989). With fewer than four blocks they are NaN.
     """
     random = np.random.default_rng(0)
     before, after = (np.stack([np.atleast_2d(errors) for errors in pair]) for pair in (before, after))  # 2 x runs x N
@@ -37,15 +39,15 @@ def changes(before, after, n_samples=5000):
     samples = [change(np.concatenate([blocks[i] for i in random.integers(len(blocks), size=len(blocks))]))
                for _ in range(n_samples)] if len(blocks) >= 4 else [np.full(2, np.nan)]
     low, high = np.percentile(samples, (2.5, 97.5), axis=0)
-    # No negative zeros, and no rounding, where nothing changes.
+    # Rounding, and the addition of 0, show no change as 0: neither as -0 nor as a rounding error.
     return tuple(zip(*(np.round(values, 3) + 0.0 for values in (change(slice(None)), low, high))))
 
 
 def median_errors(est_pose, gt_pose):
-    """The median errors of position in metres and of orientation in degrees: two of N x 7 -> [float, float]."""
+    """Return the median errors of position in metres and of orientation in degrees: N x 7, N x 7 -> [float, float]."""
     return [float(np.median(errors.numpy())) for errors in pose_err(est_pose, gt_pose)]
 
 
-def medians(est_pose, gt_pose):
-    """'0.123[m], 4.567[deg]': the median errors in the published form."""
-    return "{:.3f}[m], {:.3f}[deg]".format(*median_errors(est_pose, gt_pose))
+def format_medians(errors):
+    """Return median errors in the published form: '0.123[m], 4.567[deg]'."""
+    return "{:.3f}[m], {:.3f}[deg]".format(*errors)

@@ -5,5 +5,5 @@ from util import processes
 
 
 def progress(iterable=None, **options):
-    """A tqdm bar, quiet where there is no terminal and in all processes of a run but the first."""
+    """Return a tqdm bar. It is silent without a terminal, and on ranks other than 0."""
     return tqdm(iterable, disable=None if processes.rank() == 0 else True, **options)

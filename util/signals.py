@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: an end in order, with exit status 130 or 143."""
+"""SIGINT and SIGTERM: they end a run in order, with exit status 130 or 143."""
 import contextlib
 import signal
 
@@ -7,8 +7,8 @@ from util import processes
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(KeyboardInterrupt):  # a kind of it, which workers that load data end quietly with
-    """A signal asks the process to end."""
+class Stopped(KeyboardInterrupt):  # a subclass, because data loading workers end silently on a KeyboardInterrupt
+    """A signal asked the process to end."""
 
     def __init__(self, signum):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -21,21 +21,23 @@ def _raise(signum, frame):
 
 @contextlib.contextmanager
 def raised():
-    """Within the block a signal raises Stopped at once."""
+    """Within the block, a signal raises Stopped at once."""
     with _handled_by(_raise):
         yield
 
 
 @contextlib.contextmanager
 def deferred():
-    """Within the block a signal is noted in the list that this yields, to be asked for where an end leaves nothing half
-    done; a second one raises Stopped at once. What fails because of a signal, such as loading from workers that it ended, is
-    Stopped too."""
+    """Within the block, a signal is only appended to the list that this yields.
+
+    The block looks there wherever it can end and leave nothing half done. A second signal raises Stopped at once. A
+    failure because of a signal, such as of loading from workers that the signal ended, is raised as Stopped too.
+    """
     received = []
 
     def note(signum, frame):
         received.append(signum)
-        if not processes.under_torchrun():  # which passes signals on, so that they may come twice
+        if not processes.under_torchrun():  # torchrun passes signals on, so one may arrive twice
             signal.signal(signum, _raise)
 
     with _handled_by(note):
@@ -49,6 +51,7 @@ def deferred():
 
 @contextlib.contextmanager
 def _handled_by(handler):
+    """Within the block, a function handles the SIGNALS."""
     before = [signal.signal(signum, handler) for signum in SIGNALS]
     try:
         yield

@@ -1,4 +1,7 @@
-"""Pictures of trainings and tests, in colours that all eyes tell apart (Okabe & Ito; plasma) and that differ in grey."""
+"""Pictures of trainings and tests.
+
+Their colours (Okabe & Ito; plasma) are distinct for colour-blind readers and in grey.
+"""
 import numpy as np
 import torch
 
@@ -6,7 +9,7 @@ from util.files import whole_file
 from util.rotations import unit_poses
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# What is kept of an epoch, under TensorBoard's names; errors are medians.
+# The numbers kept per epoch, under TensorBoard's names; errors are medians.
 CURVES = ("steps", "learning rate", "loss/epoch", "position error [m]/training", "orientation error [deg]/training",
           "position error [m]/validation", "orientation error [deg]/validation")
 N_WORST, N_APART = 3, 10  # frames with the largest errors of position, and of orientation; how far apart if possible
@@ -14,19 +17,25 @@ LEAST = 1e-6  # metres, degrees: what is drawn for 0 on a logarithmic axis
 
 
 def draw_training(path, losses, curves, final=None):
-    """Write a picture of a training. losses: one number a step; curves: epochs x CURVES, median errors in metres and degrees, NaN
-    where there was no validation; final: the median errors of the final weights in validation."""
+    """Write a picture of a training.
+
+    losses: one per step. curves: a row per epoch with the numbers of CURVES, NaN where no validation was. final: the
+    median errors of the final weights in validation, in metres and degrees.
+    """
     _save(training(np.array(losses), np.array(curves, float), final), path)
 
 
 def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None):
-    """Write the pictures of a test and return their paths: <prefix>_positions.png, _errors.png, _sequences.png, _worst.png.
+    """Write the pictures of a test, and return their paths.
 
-    labels: a label file's table, N rows; truth, estimate: poses N x 7; errors: (position, orientation), N each, in metres and
-    degrees; frame: row's position -> PIL image; caption: words above every picture; before: the errors of the APR alone, where a PAE
-    or a refinement was tested.
+    They are <prefix>_positions.png, _errors.png, _sequences.png and _worst.png.
+
+    labels: a label file's table, N rows. truth, estimate: poses N x 7. errors: (position, orientation), N each, in
+    metres and degrees. frame: row's position -> PIL image. caption: above every picture. before: the errors of the APR
+    alone, where a PAE or a refinement was tested.
     """
-    figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]), "errors": cumulative(labels["scene"], errors, before),
+    figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]),
+               "errors": cumulative(labels["scene"], errors, before),
                "sequences": sequences(labels, errors, before), "worst": worst(labels, errors, frame)}
     paths = [f"{prefix}_{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
@@ -41,7 +50,7 @@ def training(losses, curves, final=None):
     epochs = np.arange(1, len(curves) + 1)
     line = {"color": COLOURS[0], "marker": "o" if len(epochs) <= 30 else None, "markersize": 3}
     figure, panels = _figure(9, 6.4, 2, 2, sharex=True)
-    shown = slice(None, None, len(losses) // 5000 + 1)  # more points cannot be told apart
+    shown = slice(None, None, len(losses) // 5000 + 1)  # more points cannot be distinguished
     at = np.interp(np.arange(1, len(losses) + 1), [0, *steps], [0, *epochs])
     panels[0, 0].plot(at[shown], losses[shown], color="0.75", linewidth=0.6, label="a batch's")
     panels[0, 0].plot(epochs, loss, **line, label="an epoch's mean")
@@ -54,11 +63,13 @@ def training(losses, curves, final=None):
     panels[0, 1].step([0, *epochs], [*rate[:1], *rate], color=COLOURS[0])
     panels[0, 1].set(ylabel="learning rate", title="Learning rate")
     _logarithmic(panels[0, 1])
-    for k, axes, name, unit, of_training, of_validation in zip((0, 1), panels[1], ("position", "orientation"), ("m", "deg"), errors[:2], errors[2:]):
+    for k, axes, name, unit in zip((0, 1), panels[1], ("position", "orientation"), ("m", "deg")):
+        of_training, of_validation = errors[k], errors[2 + k]
         validated = np.isfinite(of_validation)
         axes.plot(epochs, np.maximum(of_training, LEAST), **line, label="training, as it goes")
         if validated.any():
-            axes.plot(epochs[validated], np.maximum(of_validation[validated], LEAST), "--s", color=COLOURS[1], markersize=3, label="validation")
+            axes.plot(epochs[validated], np.maximum(of_validation[validated], LEAST), "--s", color=COLOURS[1],
+                      markersize=3, label="validation")
         if final is not None:
             axes.plot(epochs[-1], max(final[k], LEAST), "kD", markersize=5, label="the final weights")
         axes.set(xlabel="epoch", ylabel=f"median {name} error [{unit}]", title=f"{name.capitalize()} error")
@@ -72,13 +83,17 @@ def training(losses, curves, final=None):
 
 
 def positions(scenes, truth, estimate, errors):
-    """True and estimated positions from above and from the side, a row a scene, each estimate joined to its truth and coloured by its
-    error. scenes: N names; truth, estimate: poses N x 7; errors: N, in metres."""
+    """True and estimated positions from above and from the side, a row per scene.
+
+    Each estimate is joined to its true position and coloured by its error. scenes: N names. truth, estimate: poses
+    N x 7. errors: N, in metres.
+    """
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    plasma = LinearSegmentedColormap.from_list("", colormaps["plasma"](np.linspace(0, 0.85, 256)))  # its end is too light for paper
+    # The end of plasma is too light for paper.
+    plasma = LinearSegmentedColormap.from_list("", colormaps["plasma"](np.linspace(0, 0.85, 256)))
     names = sorted(set(scenes))
     figure, panels = _figure(9.5, 4.2 * len(names), len(names), 3, width_ratios=(1, 1, 0.05))
     for row, name in zip(panels, names):
@@ -89,11 +104,15 @@ def positions(scenes, truth, estimate, errors):
         finite = np.isfinite(found).all(axis=1)
         spread = np.subtract(*np.percentile(true[:, others], (95, 5), axis=0))
         scale = Normalize(0, max(np.percentile(error[finite], 95) if finite.any() else 0, LEAST))
-        for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the side, not to scale")):
+        for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the "
+                                                                                                             "side, "
+                                                                                                             "not to "
+                                                                                                             "scale")):
             axes.plot(true[:, a], true[:, b], ".", color="black", markersize=3, label="true")
-            axes.add_collection(LineCollection(np.stack((true, found), axis=1)[finite][:, :, (a, b)], cmap=plasma, norm=scale, array=error[finite],
-                                               linewidths=0.6, alpha=0.6))
-            points = axes.scatter(found[finite, a], found[finite, b], c=error[finite], cmap=plasma, norm=scale, s=12, label="estimated")
+            axes.add_collection(LineCollection(np.stack((true, found), axis=1)[finite][:, :, (a, b)], cmap=plasma,
+                                               norm=scale, array=error[finite], linewidths=0.6, alpha=0.6))
+            points = axes.scatter(found[finite, a], found[finite, b], c=error[finite], cmap=plasma, norm=scale, s=12,
+                                  label="estimated")
             limits = [_limits(true[:, k], found[finite, k]) for k in (a, b)]
             if side == "above":  # to one scale
                 half = max(high - low for low, high in limits) / 2
@@ -101,7 +120,8 @@ def positions(scenes, truth, estimate, errors):
                 mark = axes.legend(loc="best", markerscale=1.5).legend_handles[1]
                 mark.set_array(None)
                 mark.set_color("0.5")  # no error's
-            outside = (np.abs(np.stack((true, found))[:, :, (a, b)] - np.mean(limits, axis=1)) > np.ptp(limits, axis=1) / 2).any(axis=(0, 2)).sum()
+            distances = np.abs(np.stack((true, found))[:, :, (a, b)] - np.mean(limits, axis=1))
+            outside = (distances > np.ptp(limits, axis=1) / 2).any(axis=(0, 2)).sum()
             axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", xlim=limits[0],
                      title=f"{_short(name)} from {side}" + (f", {outside} of {len(frames)} outside" if outside else ""),
                      ylim=limits[1][::-1] if b == up and downwards else limits[1], box_aspect=1)
@@ -112,7 +132,7 @@ def positions(scenes, truth, estimate, errors):
 
 
 def cumulative(scenes, errors, before=None):
-    """What share of the frames has at most so large an error, of position and of orientation; a line a scene."""
+    """Cumulative error curves of position and of orientation; a line per scene."""
     names = sorted(set(scenes))
     figure, panels = _figure(9, 4.2 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
     for axes, k, name, unit in zip(panels[0], (0, 1), ("position", "orientation"), ("m", "deg")):
@@ -125,11 +145,13 @@ def cumulative(scenes, errors, before=None):
             for values, style, suffix in lines:
                 error = np.sort(values[scenes == scene])  # those that are not finite last
                 shares = np.arange(len(error) + 1) / len(error) * 100
-                axes.step([0, *error, max(1.02 * limit, error[-1])], [*shares, shares[-1]], style, where="post", color=COLOURS[i % len(COLOURS)],
+                axes.step([0, *error, max(1.02 * limit, error[-1])], [*shares, shares[-1]], style, where="post",
+                          color=COLOURS[i % len(COLOURS)],
                           label=f"{np.median(error):.{3 - k}f} {unit}: {_short(scene)}{suffix}")
         beyond = len(errors[k]) - (errors[k] <= limit).sum()
         axes.set(xlabel=f"{name} error [{unit}]", xlim=(0, 1.02 * limit), ylim=(0, 101),
-                 title=f"{name.capitalize()} error" + (f", {beyond} of {len(errors[k])} frames beyond" if beyond else ""))
+                 title=f"{name.capitalize()} error" + (f", {beyond} of {len(errors[k])} frames "
+                                                       "beyond" if beyond else ""))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), title="median")
     panels[0, 0].set_ylabel("frames with at most this error [%]")
@@ -180,8 +202,10 @@ def sequences(labels, errors, before=None):
 
 
 def worst(labels, errors, frame):
-    """The frames with the largest errors of position and, in the second row, of orientation. Each row picks for itself,
-    so that a frame may be in both. frame: row's position -> PIL image."""
+    """The frames with the largest errors of position and, in the second row, of orientation.
+
+    Each row is chosen for itself, so that a frame may be in both. frame: row's position -> PIL image.
+    """
     figure, panels = _figure(9, 5.8, 2, N_WORST)
     keys = (labels["scene"] + "/" + labels["seq"].astype(str)).to_numpy()
     for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
@@ -198,12 +222,13 @@ def worst(labels, errors, frame):
 def vertical(poses):
     """A scene's vertical axis: its number, and whether it points down. poses: N x 7.
 
-    It is the axis along which the images' own vertical agrees best, which is right for cameras that look less than 45 degrees up or
-    down. Whether quaternions are camera-to-world or world-to-camera is not known here: for such cameras images agree less with the
-    wrong one, unless both say the same.
+    It is the axis along which the images' own vertical agrees best, which is right for cameras that look less than 45
+    degrees up or down. The convention of the quaternions is not known here: for such cameras the images agree less
+    under the wrong one, unless both give the same axis.
     """
     w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
-    to_world = torch.stack((2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)))  # of the image's downward axis
+    # The image's downward axis under either convention.
+    to_world = torch.stack((2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)))
     to_camera = torch.stack((2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)))
     down = max((turned.nanmean(dim=1) for turned in (to_world, to_camera)), key=torch.linalg.vector_norm)
     axis = int(down.abs().argmax())
@@ -211,9 +236,11 @@ def vertical(poses):
 
 
 def _worst_frames(keys, error):
-    """The places of the N_WORST frames to show. First come the largest errors at least N_APART frames apart within a
-    sequence, since nearer frames show the same; where these are too few, the largest of the others follow. keys: the
-    frames' sequences."""
+    """The indices of the N_WORST frames to show. keys: the frames' sequences.
+
+    First come the largest errors at least N_APART frames apart within a sequence, since nearer frames show the same;
+    where these are too few, the largest of the others follow.
+    """
     order = np.argsort(-np.nan_to_num(error, nan=np.inf), kind="stable")
     apart = []
     for i in order:

@@ -1,0 +1,55 @@
+"""A training's curves for TensorBoard, where --tensorboard asks for them."""
+import logging
+import math
+import threading
+from contextlib import contextmanager, suppress
+
+from engine.plots import CURVES
+from util import processes
+from util.errors import UserError
+
+
+@contextmanager
+def curve_writer(run, state):
+    """Within the block, a function that writes the last epoch of a training's state to <prefix>_tensorboard.
+
+    Epochs that the state has already are written first; what an earlier process wrote does not count.
+    """
+    if not run.tensorboard or processes.rank() > 0:
+        yield lambda state: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = f"{run.prefix}_tensorboard"
+
+    def write(curves, losses):
+        n_steps, *values = curves
+        try:
+            for i, loss in enumerate(losses, n_steps - len(losses) + 1):
+                writer.add_scalar("loss/batch", loss, i)
+            for name, value in zip(CURVES[1:], values):
+                if math.isfinite(value):
+                    writer.add_scalar(name, value, n_steps)
+            writer.flush()
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+    def write_epoch(state, i=-1):
+        begin = state.curves[i - 1][0] if state.curves[:i] else 0
+        write(state.curves[i], state.losses[begin:state.curves[i][0]])
+
+    hook = threading.excepthook  # the writer's thread would print a traceback of what flush raises again
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
+    try:
+        writer = SummaryWriter(folder, purge_step=0)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    logging.info("TensorBoard: %s", folder)
+    try:
+        for i in range(len(state.curves)):
+            write_epoch(state, i)
+        yield write_epoch
+    finally:
+        with suppress(OSError):
+            writer.close()
+        threading.excepthook = hook

@@ -1,0 +1,143 @@
+"""Multi-scene models, their PAEs and their refinement, on small layouts of two scenes."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, run_here, weights_of, write_labels, write_scene
+
+SMALL_TRANSFORMER = [f"num_{branch}_{part}_layers=1" for branch in ("t", "rot") for part in ("encoder", "decoder")]
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory, small_frames):
+    """Two scenes of six training and three test frames, and label files of both and of each alone."""
+    root = tmp_path_factory.mktemp("multi")
+    rows = {scene: write_scene(root, scene, 6, "train") for scene in ("attic", "cellar")}
+    write_labels(root / "both.csv", rows["attic"] + rows["cellar"])
+    for scene in rows:
+        write_labels(root / f"{scene}.csv", rows[scene])
+        write_labels(root / f"{scene}_test.csv", write_scene(root, scene, 3, "test"))
+    return root
+
+
+def arguments(layout, mode, labels, *more, model="ems-transposenet", config=ROOT / "config.json"):
+    return [model, mode, "none", layout, layout / labels, config, *more, "--output_dir", layout / "out",
+            "--set", "num_scenes=2", "n_epochs=1", "n_workers=0", "batch_size=6", *SMALL_TRANSFORMER]
+
+
+def predict(layout, script, labels, *more, mode="test"):
+    """Run a test; returns what was printed, and the predictions."""
+    output = run_here(script, *arguments(layout, mode, labels, *more), "--predictions_path", layout / "predicted.csv")
+    return output, pd.read_csv(layout / "predicted.csv")
+
+
+def scenes_in_json(weights):
+    return json.loads(weights.with_suffix(".json").read_text())["scene_names"]
+
+
+@pytest.fixture(scope="module")
+def apr(layout):
+    """The weights of an EMS-TransPoseNet trained on both scenes."""
+    listed = arguments(layout, "train", "both.csv")
+    return weights_of(run_here("main.py", *listed, "equalize_scenes=true", "n_epochs=2"))
+
+
+@pytest.fixture(scope="module")
+def pae(layout, apr):
+    """The weights of the APR's PAE."""
+    return weights_of(run_here("main_learn_multiscene_pose_encoding.py", *arguments(layout, "train", "both.csv", apr)))
+
+
+@pytest.fixture(scope="module")
+def in_cellar(layout, apr):
+    """What a test of the APR on cellar.csv printed, and its predictions."""
+    return predict(layout, "main.py", "cellar.csv", "--checkpoint_path", apr)
+
+
+def test_one_scene_alone_keeps_its_index(layout, apr, in_cellar):
+    assert scenes_in_json(apr) == ["attic", "cellar"]
+    _, both = predict(layout, "main.py", "both.csv", "--checkpoint_path", apr)
+    # One scene alone is still scene 1 of the model; the names come from the JSON beside the weights.
+    output, alone = in_cellar
+    assert alone["predicted_scene"].tolist() == both["predicted_scene"].tolist()[6:]
+    accuracy = 100 * (alone["predicted_scene"] == "cellar").mean()
+    assert f"Scene accuracy: {accuracy:.1f}%" in output
+    assert "Scene cellar (index 1): 6 frames, median " in output
+
+
+def test_predict_gives_the_scenes_and_poses_of_a_test(layout, apr, in_cellar):
+    _, tested = in_cellar
+    listed = arguments(layout, "predict", "-", "--checkpoint_path", apr, "--predictions_path", layout / "images.csv")
+    listed[3:5] = [layout / "cellar" / "seq-train", "-"]
+    output = run_here("main.py", *listed)
+    table = pd.read_csv(layout / "images.csv")
+    assert table["predicted_scene"].tolist() == tested["predicted_scene"].tolist() and "Scenes: " in output
+    assert table["scene_probability"].between(0.5, 1).all()  # the likelier of two
+    assert np.allclose(table.loc[:, "t1":"q4"], tested.loc[:, "t1":"q4"], atol=1e-5)
+
+
+def test_scene_names_of_set_win_over_the_json_and_these_over_a_presets(layout, apr, in_cellar):
+    _, tested = in_cellar
+    config = json.loads((ROOT / "config.json").read_text())
+    config["presets"]["other"] = {"scene_names": ["cellar", "attic"], "ems-transposenet": {}}
+    (layout / "preset.json").write_text(json.dumps(config))
+    listed = arguments(layout, "test", "cellar.csv", "--checkpoint_path", apr, "--preset", "other",
+                       config=layout / "preset.json")
+    for given, index, line in (
+            ([], 1, f"Scenes: attic, cellar, as the JSON beside {apr} says; not cellar, attic, as the preset or the "
+                    "config\n"),
+            (['scene_names=["cellar", "attic"]'], 0, "Scenes: cellar, attic, as --set says; not attic, cellar, as the "
+                                                     f"JSON beside {apr}\n")):
+        output = run_here("main.py", *listed, *given)
+        assert output.count(line) == 1 and f"Scene cellar (index {index}): " in output
+        accuracy = 100 * (tested["predicted_scene"] == ("cellar" if index else "attic")).mean()
+        assert f"Scene accuracy: {accuracy:.1f}%" in output
+
+
+def test_a_pae_is_tested_in_the_scenes_that_its_apr_predicts(layout, apr, pae, in_cellar):
+    assert pae.name.endswith("_pose_encoder_final.pth") and scenes_in_json(pae) == ["attic", "cellar"]
+    output, table = predict(layout, "main_learn_multiscene_pose_encoding.py", "cellar.csv", apr,
+                            "--encoder_checkpoint_path", pae)
+    assert table["predicted_scene"].tolist() == in_cellar[1]["predicted_scene"].tolist()
+    assert "The APR's own median: " in output and "Scene cellar (index 1): 6 frames" in output
+
+
+def test_a_refiner_trains_and_is_tested(layout, apr, pae):
+    refiner = weights_of(run_here("main_refine_apr.py", *arguments(layout, "train", "both.csv", apr, pae)))
+    assert refiner.name.endswith("_rpr_final.pth")
+    output, table = predict(layout, "main_refine_apr.py", "cellar_test.csv", apr, pae, "--rpr_checkpoint_path", refiner)
+    assert "The APR's own median: " in output and len(table) == 3
+
+
+def test_frames_in_a_scene_without_references_keep_the_aprs_pose(layout, apr, pae):
+    _, of_apr = predict(layout, "main.py", "cellar_test.csv", "--checkpoint_path", apr)
+    # References of the scene that the first frame is not predicted in; a row makes both scenes the label file's.
+    references = "attic" if of_apr["predicted_scene"].iloc[0] == "cellar" else "cellar"
+    labels = (layout / "cellar_test.csv").read_text()
+    first_in_attic = labels.splitlines()[1].replace("cellar,", "attic,", 1)
+    (layout / "scene_of_both.csv").write_text(f"{labels}{first_in_attic}\n")
+    listed = [*arguments(layout, "optimize", "scene_of_both.csv", apr, pae), 'scene_names=["attic", "cellar"]',
+              "--ref_poses_file", layout / f"{references}.csv", "--predictions_path", layout / "refined.csv"]
+    for solver in ("linear", "inversion", "mlp", "simplex"):
+        output = run_here("main_refine_apr.py", *listed, "--solver", solver)
+        table = pd.read_csv(layout / "refined.csv")
+        kept = np.isclose(table[["apr_t1", "apr_t2", "apr_t3"]], table[["t1", "t2", "t3"]], atol=1e-6).all(axis=1)
+        # Six references are too few for the first two solvers.
+        without = (table["predicted_scene"] != references) | (solver in ("linear", "inversion"))
+        assert (kept == without).all() and f"{kept.sum()} frames keep the APR's pose" in output
+        assert output.count("Median pose error") == 1 and "Change of the median position error: " in output
+    assert "frames keep the APR's pose" in output
+    assert table.loc[0, "t1":"q4"].tolist() == pytest.approx(of_apr.loc[0, "t1":"q4"].tolist(), abs=1e-5)
+
+
+def test_freezing_all_but_a_branch_trains_its_heads_alone(layout):
+    listed = arguments(layout, "train", "both.csv", model="ms-transposenet")
+    ms = weights_of(run_here("main.py", *listed))
+    tuned = weights_of(run_here("main.py", *listed, "--checkpoint_path", ms, "--set", "freeze=true",
+                                'freeze_exclude_phrase=["regressor_head_t", "transformer_t"]', "learnable=false",
+                                "s_x=1", "s_q=0"))
+    before, after = torch.load(ms), torch.load(tuned)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith("regressor_head_t.") for key in changed)

@@ -1,0 +1,67 @@
+"""Logging to the screen, above progress bars, and to a file."""
+import contextlib
+import logging
+import os
+import sys
+
+from util.errors import UserError
+
+
+def log_to(path, descriptor):
+    """Send log records to the screen and to an open file.
+
+    path: the file's name, for error messages; descriptor: the open file's.
+    """
+    to_file, to_screen = _LogFile(path, descriptor), _Screen(sys.stdout)
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    to_screen.addFilter(lambda record: record.levelno < logging.ERROR)  # util.cli prints errors to stderr
+    logging.basicConfig(level=logging.INFO, handlers=[to_file, to_screen], format="%(message)s", force=True)
+    logging.captureWarnings(True)
+    for library in ("matplotlib", "numexpr"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def log_nowhere():
+    """Drop log records, on ranks other than 0."""
+    logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+
+
+class _LogFile(logging.Handler):
+    """Writes records to a file descriptor at once. A full disk ends the run with a UserError."""
+
+    def __init__(self, path, descriptor):
+        super().__init__()
+        self.path, self.descriptor = path, descriptor
+
+    def emit(self, record):
+        try:
+            os.write(self.descriptor, (self.format(record) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
+
+    def close(self):
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+        super().close()
+
+
+class _Screen(logging.StreamHandler):
+    """Writes records above progress bars. The run continues if its terminal, or the `| head` behind it, ends."""
+
+    def emit(self, record):
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError, ValueError):  # drop the rest of its buffer
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
