@@ -6,14 +6,14 @@ from models import APR_NAMES, SINGLE_SCENE_APRS
 
 
 def main():
-    arguments = parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
-    arguments.add_argument("--checkpoint_path", metavar="FILE.pth",
-                           help="the APR's weights: to start from in training, else required (default: none in "
-                                "training)")
-    arguments.add_argument("--as_stored", action="store_true",
-                           help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
-                                "upright)")
-    args = arguments.parse_args()
+    options = parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
+    options.add_argument("--checkpoint_path", metavar="FILE.pth",
+                         help="the APR's weights: to start from in training, else required (default: none in "
+                              "training)")
+    options.add_argument("--as_stored", action="store_true",
+                         help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
+                              "upright)")
+    args = options.parse_args()
     run = start(args)
     check(args, run.config)
 
@@ -76,8 +76,8 @@ def training_dataset(run, args, apr, scene_names):
         set_origin(apr, far_origin(dataset.truth[:, :3].numpy()))
     dataset.move_to(apr.origin)
     if apr.origin is not None:
-        logging.info("Positions are taken relative to (%s), which the weights "
-                     "keep", ", ".join(f"{x:.3f}" for x in apr.origin.tolist()))
+        origin = ", ".join(f"{x:.3f}" for x in apr.origin.tolist())
+        logging.info("Positions are taken relative to (%s), which the weights keep", origin)
     if args.model_name not in SINGLE_SCENE_APRS:
         order_known = scene_names is not None or args.checkpoint_path is None
         dataset.require_scenes(config["num_scenes"], order_known)
@@ -91,16 +91,17 @@ def validation(run, args, apr, scene_names):
     if args.val_labels_file is None:
         return None
     from datasets.camera_poses import CameraPoseDataset
-    from engine.evaluation import predict, test_loader
+    from engine import evaluation
     from models import infer
 
     dataset = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=scene_names, origin=apr.origin)
     dataset.cache_frames(args.cache_dir, run.config["cache_memory_gb"])
-    batches = test_loader(run, dataset)
+    batches = evaluation.test_loader(run, dataset)
 
     def validate():
-        poses = predict(run, batches, lambda batch: {"pose": infer(apr, batch["img"])["pose"]}, "validation")
-        return poses["pose"], dataset.poses
+        results = evaluation.predict(run, batches, lambda batch: {"pose": infer(apr, batch["img"])["pose"]},
+                                     "validation")
+        return results["pose"], dataset.poses
 
     return validate
 

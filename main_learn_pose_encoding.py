@@ -4,13 +4,13 @@ from models import SINGLE_SCENE_APRS
 
 
 def main(description=__doc__, models=SINGLE_SCENE_APRS):
-    arguments = parser(description, models)
-    arguments.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR, the PAE's "
-                                                                                 "teacher")
-    arguments.add_argument("--encoder_checkpoint_path", metavar="FILE.pth",
-                           help="the PAE's weights to start from in training, to test in testing (default: none in "
-                                "training)")
-    args = arguments.parse_args()
+    options = parser(description, models)
+    options.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT",
+                         help="the weights of the APR, the PAE's teacher")
+    options.add_argument("--encoder_checkpoint_path", metavar="FILE.pth",
+                         help="the PAE's weights to start from in training, to test in testing (default: none in "
+                              "training)")
+    args = options.parse_args()
     run = start(args, "_pose_encoder", ("pose_encoder",))
 
     from engine.report import scene_names_of
@@ -39,22 +39,20 @@ def train(run, args, apr, encoder, scene_names):
     from models.refinement import queries_of
     from util.losses import CameraPoseLoss
 
-    def latents_of(labels_file):
-        dataset = CameraPoseDataset(args.dataset_path, labels_file, scene_names=scene_names, origin=apr.origin)
-        if labels_file == args.labels_file:
-            log_summary(labels_file, dataset.labels)
-        return compute_latents(run, apr, dataset), torch.tensor(dataset.scenes).to(run.device)
-
+    dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names, origin=apr.origin)
+    log_summary(args.labels_file, dataset.labels)
+    latents = compute_latents(run, apr, dataset)
     encoder.apr.copy_(fingerprint(apr))
-    latents, true_scenes = latents_of(args.labels_file)
     teacher = queries_of(latents)
     poses, teacher_latents, scenes = (teacher[key] for key in ("pose", "latents", "scene"))  # the true poses here
     if args.encoder_checkpoint_path is None:
         encoder.fit_poses(poses, scenes)
-    # The noise is not of frames in whose scene the APR errs, unless the order of scenes is not known.
-    of_noise = scenes == (true_scenes if "scene" in latents else scenes)
-    if of_noise.float().mean() < 0.5:
-        of_noise[:] = True
+    # Fit the noise only on frames whose scene the APR estimates correctly. If most are wrong, the order of scenes is
+    # unknown: use all frames.
+    true_scenes = torch.tensor(dataset.scenes).to(run.device) if "scene" in latents else scenes
+    scene_is_correct = scenes == true_scenes
+    if scene_is_correct.float().mean() < 0.5:
+        scene_is_correct[:] = True
     pae_input = "pose" if run.config["pae_input"] == "true" else "estimate"
     pose_loss = CameraPoseLoss(run.config).to(run.device)
 
@@ -66,11 +64,13 @@ def train(run, args, apr, encoder, scene_names):
         return loss, pose
 
     def fit_noise():
-        encoder.fit_noise(poses[of_noise], scenes[of_noise], teacher_latents[of_noise])
+        encoder.fit_noise(poses[scene_is_correct], scenes[scene_is_correct], teacher_latents[scene_is_correct])
 
     validate = None
     if args.val_labels_file is not None:
-        validation, _ = latents_of(args.val_labels_file)
+        val_dataset = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=scene_names,
+                                        origin=apr.origin)
+        validation = compute_latents(run, apr, val_dataset)
 
         def validate():
             return apr.regress(*encoder(validation["estimate"], validation.get("scene"))), validation["pose"]

@@ -6,24 +6,24 @@ from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS, SOLVERS, SOLVERS_WITH_NO
 
 
 def main():
-    arguments = parser(__doc__, (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS), modes=("train", "test", "optimize"))
-    arguments.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR")
-    arguments.add_argument("encoder_checkpoint_path", metavar="ENCODER_CHECKPOINT",
-                           help="the weights of the APR's PAE; only optimize reads them")
-    arguments.add_argument("--rpr_checkpoint_path", metavar="FILE.pth",
-                           help="the refiner's weights to start from in training, to test in testing (default: none "
-                                "in training)")
-    arguments.add_argument("--ref_poses_file", metavar="TRAIN.csv",
-                           help="the training labels, whose poses optimize takes as references (default: none; "
-                                "required there)")
-    arguments.add_argument("--solver", choices=SOLVERS,
-                           help="how optimize refines: linear, the linear minimum mean square error estimate from the "
-                                "latents, given the references and their encodings; inversion, the pose whose "
-                                "encoding is nearest to the latents; mlp, the paper's; simplex, the minimum of the "
-                                "paper's objective (default: linear, or with a published PAE mlp)")
-    arguments.add_argument("--allow_query_poses", action="store_true",
-                           help="let the references hold poses under test, as published: the result is no measurement")
-    args = arguments.parse_args()
+    options = parser(__doc__, (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS), modes=("train", "test", "optimize"))
+    options.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR")
+    options.add_argument("encoder_checkpoint_path", metavar="ENCODER_CHECKPOINT",
+                         help="the weights of the APR's PAE; only optimize reads them")
+    options.add_argument("--rpr_checkpoint_path", metavar="FILE.pth",
+                         help="the refiner's weights to start from in training, to test in testing (default: none "
+                              "in training)")
+    options.add_argument("--ref_poses_file", metavar="TRAIN.csv",
+                         help="the training labels, whose poses optimize takes as references (default: none; "
+                              "required there)")
+    options.add_argument("--solver", choices=SOLVERS,
+                         help="how optimize refines: linear, the linear minimum mean square error estimate from the "
+                              "latents, given the references and their encodings; inversion, the pose whose "
+                              "encoding is nearest to the latents; mlp, the paper's; simplex, the minimum of the "
+                              "paper's objective (default: linear, or with a published PAE mlp)")
+    options.add_argument("--allow_query_poses", action="store_true",
+                         help="let the references hold poses under test, as published: the result is no measurement")
+    args = options.parse_args()
     run = start(args, "_rpr", ("pose_encoder", "refiner"))
 
     from engine.report import scene_names_of
@@ -42,7 +42,6 @@ def main():
 
 def train(run, args, apr, scene_names):
     """Train the learned refiner on the latents of the frozen APR, which runs over the frames once."""
-    from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from engine import training
     from engine.evaluation import compute_latents, latent_batches, one_thread
@@ -50,16 +49,15 @@ def train(run, args, apr, scene_names):
     from models.refinement import queries_of
     from util.losses import CameraPoseLoss
 
-    def latents_of(labels_file):
-        dataset = CameraPoseDataset(args.dataset_path, labels_file, scene_names=scene_names, origin=apr.origin)
-        if labels_file == args.labels_file:
-            log_summary(labels_file, dataset.labels)
+    def latents_of(dataset):
         latents = compute_latents(run, apr, dataset)
         # 'pose' is the true one here.
         return {**queries_of(latents), "estimate": latents["estimate"], "row": latents["row"]}
 
     refiner = load_refiner(run, args)
-    latents = latents_of(args.labels_file)
+    dataset = load_dataset(args, args.labels_file, apr, scene_names)
+    log_summary(args.labels_file, dataset.labels)
+    latents = latents_of(dataset)
     refiner.apr.copy_(fingerprint(apr))
     if args.rpr_checkpoint_path is None:
         refiner.fit_inputs(latents["latents"], latents["estimate"], latents["pose"])
@@ -71,7 +69,7 @@ def train(run, args, apr, scene_names):
 
     validate = None
     if args.val_labels_file is not None:
-        validation = latents_of(args.val_labels_file)
+        validation = latents_of(load_dataset(args, args.val_labels_file, apr, scene_names))
 
         def validate():
             return refiner(validation["latents"], validation["estimate"]), validation["pose"]
@@ -94,7 +92,7 @@ def test(run, args, apr, scene_names):
     def refine(queries):
         return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)
 
-    dataset = test_dataset(args, apr, scene_names)
+    dataset = load_dataset(args, args.labels_file, apr, scene_names)
     test_refinement(run, apr, dataset, scene_names, args.rpr_checkpoint_path, refine)
 
 
@@ -105,18 +103,19 @@ def optimize(run, args, apr, scene_names):
     from models.checkpoints import check_fingerprint
     from util.errors import UserError
 
-    dataset = test_dataset(args, apr, scene_names)
+    dataset = load_dataset(args, args.labels_file, apr, scene_names)
     encoder = build_pose_encoder(args.model_name, run.config, args.encoder_checkpoint_path).to(run.device)
     check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.apr_checkpoint_path)
     freeze(encoder)
     if not encoder.takes_unit_quaternions:
         logging.warning("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as "
-                        "the references'; a PAE trained with main_learn_*pose_encoding.py "
-                        "has", args.encoder_checkpoint_path)
+                        "the references'; a PAE trained with main_learn_*pose_encoding.py has",
+                        args.encoder_checkpoint_path)
     solver = args.solver or ("linear" if encoder.noise.any() else "mlp")
     if solver in SOLVERS_WITH_NOISE and not encoder.noise.any():
+        others = " or ".join(name for name in SOLVERS if name not in SOLVERS_WITH_NOISE)
         raise UserError(f"{args.encoder_checkpoint_path}: does not hold the covariance of latents that {solver} works "
-                        "with, as a PAE trained with main_learn_*pose_encoding.py does; choose --solver mlp or simplex")
+                        f"with, as a PAE trained with main_learn_*pose_encoding.py does; choose --solver {others}")
     num_scenes = run.config["num_scenes"] if args.model_name in MULTI_SCENE_APRS else None
     references, scenes, leaked = read_references(args.ref_poses_file, dataset, scene_names, num_scenes,
                                                  args.allow_query_poses)
@@ -151,20 +150,19 @@ def test_refinement(run, apr, dataset, scene_names, tested, refine, leaked=False
     logging.info("Refinement: {:.3f} ms a query, {:.1f}% of the APR's time".format(
         ms_per_query, 100 * ms_per_query / results["milliseconds"].mean()))
     if not refined.all():
-        logging.info("%d frames keep the APR's pose: too few reference poses in their scene (linear and inversion "
-                     "need %d)",
-                     (~refined).sum(), MIN_REFERENCES)
+        logging.info("%d frames keep the APR's pose: too few reference poses in their scene (%s need %d)",
+                     (~refined).sum(), " and ".join(SOLVERS_WITH_NOISE), MIN_REFERENCES)
     results = {**results, "pose": poses.cpu(), "apr_pose": results["pose"],
                "milliseconds": results["milliseconds"] + ms_per_query,
                "milliseconds_alone": results["milliseconds_alone"] + ms_per_query}
     report(run, tested, dataset, results, scene_names, leaked)
 
 
-def test_dataset(args, apr, scene_names):
-    """The frames under test."""
+def load_dataset(args, labels_file, apr, scene_names):
+    """The frames of a label file, as tests take them."""
     from datasets.camera_poses import CameraPoseDataset
 
-    return CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names, origin=apr.origin)
+    return CameraPoseDataset(args.dataset_path, labels_file, scene_names=scene_names, origin=apr.origin)
 
 
 def load_refiner(run, args):

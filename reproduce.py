@@ -110,8 +110,9 @@ def check_encoder(path, solver):
     if not kind.endswith("PAE"):
         raise UserError(f"--encoder_checkpoint {path}: weights of {kind}, but a PAE's are needed")
     if solver in SOLVERS_WITH_NOISE and not ("noise" in weights and weights["noise"].any()):
+        others = " or ".join(name for name in SOLVERS if name not in SOLVERS_WITH_NOISE)
         raise UserError(f"--encoder_checkpoint {path}: does not hold the covariance of latents that {solver} works "
-                        "with; choose --solver mlp or simplex")
+                        f"with; choose --solver {others}")
 
 
 def test_scene(args, labels_path, scene, model, settings):

@@ -41,8 +41,8 @@ def evaluate(run, estimate, dataset):
             results.append({key: value.cpu() for key, value in result.items()})
             if not bar.disable and "pose" in batch:
                 errors.append(torch.stack(pose_err(results[-1]["pose"], batch["pose"].cpu())))
-                bar.set_postfix_str("median {:.2f} m, {:.2f} "
-                                    "deg".format(*torch.cat(errors, dim=1).quantile(0.5, dim=1)))
+                medians = torch.cat(errors, dim=1).quantile(0.5, dim=1)
+                bar.set_postfix_str("median {:.2f} m, {:.2f} deg".format(*medians))
             bar.update(size)
     results = processes.gather_rows(concatenate(results))
     processes.continue_on_first()
@@ -63,7 +63,7 @@ def compute_latents(run, apr, dataset):
     Several processes shard the frames; rank 0 returns, the others exit.
     """
     if run.cache_dir:
-        dataset.cache_frames(run.cache_dir, run.config["cache_memory_gb"])
+        dataset.cache_frames(run.cache_dir)
 
     def outputs(batch):
         result = infer(apr, batch["img"])

@@ -104,10 +104,8 @@ def positions(scenes, truth, estimate, errors):
         finite = np.isfinite(found).all(axis=1)
         spread = np.subtract(*np.percentile(true[:, others], (95, 5), axis=0))
         scale = Normalize(0, max(np.percentile(error[finite], 95) if finite.any() else 0, LEAST))
-        for axes, (a, b), side in zip(row[:2], (others, (others[int(spread[1] > spread[0])], up)), ("above", "the "
-                                                                                                             "side, "
-                                                                                                             "not to "
-                                                                                                             "scale")):
+        views = {"above": others, "the side, not to scale": (others[int(spread[1] > spread[0])], up)}
+        for axes, (side, (a, b)) in zip(row[:2], views.items()):
             axes.plot(true[:, a], true[:, b], ".", color="black", markersize=3, label="true")
             axes.add_collection(LineCollection(np.stack((true, found), axis=1)[finite][:, :, (a, b)], cmap=plasma,
                                                norm=scale, array=error[finite], linewidths=0.6, alpha=0.6))
@@ -149,9 +147,9 @@ def cumulative(scenes, errors, before=None):
                           color=COLOURS[i % len(COLOURS)],
                           label=f"{np.median(error):.{3 - k}f} {unit}: {_short(scene)}{suffix}")
         beyond = len(errors[k]) - (errors[k] <= limit).sum()
+        note = f", {beyond} of {len(errors[k])} frames beyond" if beyond else ""
         axes.set(xlabel=f"{name} error [{unit}]", xlim=(0, 1.02 * limit), ylim=(0, 101),
-                 title=f"{name.capitalize()} error" + (f", {beyond} of {len(errors[k])} frames "
-                                                       "beyond" if beyond else ""))
+                 title=f"{name.capitalize()} error{note}")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), title="median")
     panels[0, 0].set_ylabel("frames with at most this error [%]")

@@ -72,8 +72,9 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     if run.predictions_path:
         write_labels(run.predictions_path, predictions)
         logging.info("Predictions: %s", run.predictions_path)
-    caption = re.sub(r"\S*/", "", f"{tested} on {dataset.labels_file}") + (f": "
-                                                                           f"{LEAKED}" if leaked else "")  # no folders
+    caption = re.sub(r"\S*/", "", f"{tested} on {dataset.labels_file}")  # without folders
+    if leaked:
+        caption += f": {LEAKED}"
     pictures = draw_test(run.prefix, dataset.labels, dataset.truth.numpy(), poses.numpy(), errors, dataset.frame,
                          caption, apr_errors)
     logging.info("Pictures: %s", ", ".join(pictures))
@@ -116,8 +117,8 @@ def log_errors(tested, labels_file, errors, apr_errors, results, note=""):
     """Log a test: a line per frame, medians and mean inference time as published, then mean, 90th percentile and
     recalls.
 
-    errors: (N metres, N degrees). apr_errors: the same of the APR alone, or None. results: as for `report`. note: in
-    words what makes the result no measurement; every line of a result then has it.
+    errors: (N metres, N degrees). apr_errors: the same of the APR alone, or None. results: as for `report`. note: a
+    warning that is appended to every line of a result.
     """
     note = f" ({note})" if note else ""
     position, orientation = errors
@@ -155,9 +156,9 @@ def log_scenes(errors, predicted_scene, true_scene, scenes, scene_names):
         counts = np.bincount(predicted_scene[rows])
         predicted = ", ".join(f"{_scene_name(i, scene_names)} {100 * counts[i] / len(rows):.1f}%"
                               for i in np.argsort(-counts, kind="stable") if counts[i])
-        logging.info("Scene %s%s: %d frames, median %s, predicted as %s", scene, f" (index "
-                                                                                 f"{index})" if index >= 0 else "",
-                     len(rows), format_medians(np.median(e[rows]) for e in errors), predicted)
+        name = f"{scene} (index {index})" if index >= 0 else scene
+        medians = format_medians(np.median(e[rows]) for e in errors)
+        logging.info("Scene %s: %d frames, median %s, predicted as %s", name, len(rows), medians, predicted)
 
 
 def _scene_name(index, scene_names):

@@ -25,7 +25,7 @@ _training = None  # the training of this process, to say how to resume it
 class Run:
     """The values that a run is made of, for everything below the scripts.
 
-    mode: 'train', 'test', 'predict' or 'optimize'. device: a torch.device.
+    device: a torch.device. seed: of everything random.
     prefix: of the run's files, DIR/run_<stamp><suffix>.
     labels_file: its path, for messages and for the JSON beside weights.
     cache_dir, predictions_path: of the options of these names, or None.
@@ -34,7 +34,6 @@ class Run:
     """
     config: Config
     device: object
-    mode: str = "test"
     seed: int = 0
     prefix: str = ""
     labels_file: str | None = None
@@ -74,9 +73,10 @@ def start(args, suffix="", sections=()):
     config = load_config(args.config_file, args.model_name, sections, args.preset, args.set)
     logging.info("Running with configuration:\n%s", "\n".join(f"\t{key}: {value}" for key, value in config.items()))
 
-    device = _start_torch(args.seed, device_of(args.device, config["device_id"]))
-    run = Run(config, device, args.mode, args.seed, processes.broadcast(prefix) + suffix, args.labels_file,
-              args.cache_dir, args.predictions_path, args.tensorboard)
+    device = device_of(args.device, config["device_id"])
+    _start_torch(args.seed, device)
+    run = Run(config, device, seed=args.seed, prefix=processes.broadcast(prefix) + suffix, labels_file=args.labels_file,
+              cache_dir=args.cache_dir, predictions_path=args.predictions_path, tensorboard=args.tensorboard)
     if args.mode == "train":
         files = {name: path for name in ("labels_file", "val_labels_file", "checkpoint_path", "apr_checkpoint_path")
                  if (path := getattr(args, name, None)) is not None}
@@ -115,8 +115,8 @@ def parser(description, models, modes=("train", "test")):
                            + ("; to predict, -" if "predict" in modes else ""))
     arguments.add_argument("config_file", metavar="CONFIG", help="the hyper-parameters, such as config.json")
     arguments.add_argument("--experiment", metavar="TEXT", help="a note for the log (default: none)")
-    arguments.add_argument("--output_dir", metavar="DIR", default="out", help="where logs and weights go (default: "
-                                                                              "out)")
+    arguments.add_argument("--output_dir", metavar="DIR", default="out",
+                           help="where logs and weights go (default: out)")
     arguments.add_argument("--preset", metavar="NAME",
                            help="a preset of the config file: 7Scenes, CambridgeLandmarks or "
                                 "CambridgeLandmarks-finetune in config.json (default: none)")
@@ -134,7 +134,7 @@ def parser(description, models, modes=("train", "test")):
                                 "weights in run_<stamp>_best.pth (default: none)")
     arguments.add_argument("--tensorboard", action="store_true",
                            help="in training: also write the curves of loss, errors and learning rate for "
-                                "TensorBoard, after every epoch, in run_<stamp>_tensorboard (default: not)")
+                                "TensorBoard, after every epoch, in run_<stamp>_tensorboard (default: off)")
     arguments.add_argument("--resume", metavar="RUN",
                            help="resume a training from its last whole epoch: the stamp in its files' names, or "
                                 "'latest' of --output_dir; all other arguments as they were (default: a new training)")
@@ -212,7 +212,6 @@ def _start_torch(seed, device):
     else:
         torch.cuda.set_device(device)
     processes.join(device)
-    return device
 
 
 def device_of(asked, preferred="cuda:0"):

@@ -1,4 +1,5 @@
 """The scripts as processes of their own, for commands that drive them."""
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -21,16 +22,16 @@ def run_script(*command, on_line=lambda line: None, capture_errors=False):
     capture_errors: keep its stderr from the screen. A script that fails then raises UserError with its last line there;
         otherwise its error is on the screen, and this process exits with its status.
     """
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE,
-                              stderr=errors if capture_errors else None, text=True) as process:
+    with tempfile.TemporaryFile("w+") if capture_errors else contextlib.nullcontext() as errors:
+        with subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=errors,
+                              text=True) as process:
             lines = []
             try:
                 for line in process.stdout:
                     on_line(line)
                     lines.append(line.rstrip("\n"))
-            except BaseException:  # such as a signal to this process alone
-                process.terminate()
+            except BaseException:
+                _end(process)
                 raise
         if process.returncode and not capture_errors:
             sys.exit(process.returncode)
@@ -39,3 +40,11 @@ def run_script(*command, on_line=lambda line: None, capture_errors=False):
             said = errors.read().strip().splitlines()
             raise UserError(said[-1] if said else f"{command[0]} has failed")
     return lines
+
+
+def _end(process):
+    """End a script together with this process. Ctrl-C reaches both; another signal may be to this process alone."""
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.terminate()

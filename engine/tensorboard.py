@@ -10,13 +10,14 @@ from util.errors import UserError
 
 
 @contextmanager
-def curve_writer(run, state):
+def curve_writer(state):
     """Within the block, a function that writes the last epoch of a training's state to <prefix>_tensorboard.
 
-    Epochs that the state has already are written first; what an earlier process wrote does not count.
+    Epochs that the state has already are written first, and replace what an earlier process wrote.
     """
+    run = state.run
     if not run.tensorboard or processes.rank() > 0:
-        yield lambda state: None
+        yield lambda: None
         return
     from torch.utils.tensorboard import SummaryWriter
 
@@ -34,7 +35,7 @@ def curve_writer(run, state):
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
-    def write_epoch(state, i=-1):
+    def write_epoch(i=-1):
         begin = state.curves[i - 1][0] if state.curves[:i] else 0
         write(state.curves[i], state.losses[begin:state.curves[i][0]])
 
@@ -47,7 +48,7 @@ def curve_writer(run, state):
     logging.info("TensorBoard: %s", folder)
     try:
         for i in range(len(state.curves)):
-            write_epoch(state, i)
+            write_epoch(i)
         yield write_epoch
     finally:
         with suppress(OSError):

@@ -32,7 +32,8 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
         batch['row'] the label file's row.
     about: the content of the JSON beside the weights.
     before_save: called before weights are saved, to update what the model keeps beside its parameters.
-    validate: () -> (estimated, true poses), M x 7 each, of the model as it is. It runs every `n_freq_validate` epochs.
+    validate: () -> (estimated, true poses), M x 7 each, of the model as it is. It runs every `n_freq_validate` epochs
+        and on the final weights.
 
     Adam and a step schedule, as the config says. Every `n_freq_checkpoint` epochs the weights are written to
     <prefix>_checkpoint-<epoch>.pth, and at the end to <prefix>_final.pth, with a picture of the curves beside. With
@@ -56,27 +57,27 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
         before_save()
         save_weights(f"{run.prefix}_{name}.pth", model.state_dict(), {**about, **more})
 
-    with signals.deferred() as received, curve_writer(run, state) as write_curves:
+    with signals.deferred() as received, curve_writer(state) as write_curves:
         with progress(total=n_steps, initial=len(state.losses), unit="batch") as bar:
             while state.epoch < n_epochs:
-                train_one_epoch(run, state, batches(state.epoch), parallel_step, received, bar)
+                train_one_epoch(state, batches(state.epoch), parallel_step, received, bar)
                 if validate and state.epoch % config["n_freq_validate"] == 0:
                     keep_best(state, validation_errors(model, validate, config["precision"]), save)
-                write_curves(state)
-                save_if_due(run, state, save)
+                write_curves()
+                save_if_due(state, save)
 
         model.precision = config["precision"]  # as in tests
         if state.average is not None:
-            load_average(run, state, batches(n_epochs), step, received)
-        finish(run, state, validate, save)
+            load_average(state, batches(n_epochs), step, received)
+        finish(state, validate, save)
 
 
-def train_one_epoch(run, state, batches, step, received, bar):
+def train_one_epoch(state, batches, step, received, bar):
     """Train for one epoch, and append its losses and its curves (learning rate, loss and median errors) to the state.
 
     step: as for `train`, of all ranks. received: the signals that ask for an end, which comes before the next step.
     """
-    config, model = run.config, state.model
+    run, model, config = state.run, state.model, state.run.config
     model.train()
     if processes.rank() > 0:  # else all ranks would drop the same units
         torch.manual_seed(mix(run.seed, state.epoch, processes.rank()))
@@ -89,13 +90,13 @@ def train_one_epoch(run, state, batches, step, received, bar):
         loss, estimate = step(batch)
         loss_scale, reduced = _begin_all_reduce(loss, len(batch["pose"]), bool(received))
         state.optimizer.zero_grad()
-        state.scaler.scale(loss * loss_scale).backward()
+        state.scaler.scale(loss if loss_scale is None else loss * loss_scale).backward()
         batch_loss, batch_size, stop = reduced()
         if stop:
             raise signals.Stopped(received[0] if received else signal.SIGTERM)
         if not math.isfinite(batch_loss):
-            raise_non_finite(run, f"batch {i + 1} of epoch {state.epoch + 1}: the loss is "
-                                  f"{batch_loss}", batch, estimate)
+            problem = f"batch {i + 1} of epoch {state.epoch + 1}: the loss is {batch_loss}"
+            raise_non_finite(run, problem, batch, estimate)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.count_step(batch_loss)
@@ -107,8 +108,8 @@ def train_one_epoch(run, state, batches, step, received, bar):
             mean_loss, errors = running_loss / n_samples, [e.mean().item() for e in pose_err(estimates[-1], truths[-1])]
             logging.info("[Batch-{}/Epoch-{}] running camera pose loss: {:.3f}, camera pose error: {:.2f}[m], "
                          "{:.2f}[deg]".format(i + 1, state.epoch + 1, mean_loss, *errors))
-            bar.set_postfix_str("epoch {}, loss {:.3f}, {:.2f} m, {:.2f} "
-                                "deg".format(state.epoch + 1, mean_loss, *errors))
+            shown = "epoch {}, loss {:.3f}, {:.2f} m, {:.2f} deg".format(state.epoch + 1, mean_loss, *errors)
+            bar.set_postfix_str(shown)
         bar.update()
     of_all_ranks = processes.gather([torch.cat(poses).cpu() for poses in (estimates, truths)])
     errors = median_errors(*map(torch.cat, zip(*of_all_ranks)))
@@ -138,10 +139,11 @@ def keep_best(state, errors, save):
             save("best", epoch=state.epoch)
 
 
-def save_if_due(run, state, save):
+def save_if_due(state, save):
     """Write a checkpoint every `n_freq_checkpoint` epochs, and the training's state where that takes little time."""
     if processes.rank() > 0:
         return
+    run = state.run
     checkpoint_due = state.epoch % run.config["n_freq_checkpoint"] == 0
     state_due = state.epoch == run.config["n_epochs"] or state.is_due()
     if (checkpoint_due or state_due) and not all(torch.isfinite(parameter).all() for parameter in state.parameters):
@@ -154,7 +156,7 @@ def save_if_due(run, state, save):
 
 
 @torch.no_grad()
-def load_average(run, state, batches, step, received):
+def load_average(state, batches, step, received):
     """Give the model its averaged weights, and its batch norms the statistics of one epoch under them.
 
     torch.optim.swa_utils.update_bn would also reset the batch norms that a training keeps frozen.
@@ -170,7 +172,7 @@ def load_average(run, state, batches, step, received):
         norm.momentum = None  # a mean over all batches
     model.train()
     for batch in progress(batches, desc="batch norm", unit="batch"):
-        step(to_device(batch, run.device))
+        step(to_device(batch, state.run.device))
         if received:
             raise signals.Stopped(received[0])
     if processes.world_size() > 1:
@@ -179,9 +181,9 @@ def load_average(run, state, batches, step, received):
             statistic /= processes.world_size()
 
 
-def finish(run, state, validate, save):
+def finish(state, validate, save):
     """Validate and save the final weights, draw the curves, and remove the training's state."""
-    final_errors = None
+    run, final_errors = state.run, None
     if validate:
         final_errors = validation_errors(state.model, validate, run.config["precision"])
         logging.info("Validation of the final weights: median pose error: %s", format_medians(final_errors))
@@ -230,16 +232,16 @@ class _Step(nn.Module):
 
 
 def _begin_all_reduce(loss, batch_size, stop):
-    """Begin to sum a step's numbers over all ranks, while a GPU computes the backward pass.
+    """Start to sum a step's numbers over all ranks. The backward pass can be queued before the sums are waited for.
 
     loss: the mean over this rank's frames. stop: whether this rank was asked to end.
 
-    Returns a factor for this rank's loss, by which the mean of all ranks' gradients becomes the mean over all frames,
-    and a
-    function that waits: () -> (mean loss over all frames, number of frames, whether any rank was asked to end).
+    Returns a factor for this rank's loss, by which the mean of all ranks' gradients becomes the mean over all frames
+    (None with one process), and a function that waits: () -> (mean loss over all frames, number of frames, whether any
+    rank was asked to end).
     """
     several = processes.world_size() > 1
-    sums, loss_scale = loss.detach(), 1
+    sums, loss_scale = loss.detach(), None
     if several:
         # Filled on the device: copying a number there would wait for the GPU.
         n_frames, n_stop = (torch.full((), number, dtype=torch.double, device=loss.device)

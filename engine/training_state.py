@@ -3,7 +3,9 @@ import math
 import time
 from array import array
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
@@ -30,10 +32,11 @@ class TrainingState:
                                           weight_decay=config["weight_decay"], fused=True)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=model.precision == "fp16")
         self.epoch, self.losses, self.curves, self.best = 0, array("d"), [], []
+        self.weights = nn.ParameterList(model.parameters())  # without buffers, which are not averaged
         self.average, self.average_start = None, math.inf
         self.norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.norm_counters = [int(norm.num_batches_tracked) for norm in self.norms]  # before the first step
-        self.written, self.seconds_to_write = -math.inf, 0.0
+        self.written_at, self.seconds_to_write = -math.inf, 0.0
         if run.resumed is not None:
             self._restore(run.resumed)
             run.resumed = None  # it is as large as the training itself
@@ -48,8 +51,8 @@ class TrainingState:
         self.losses.append(loss)
         if len(self.losses) > self.average_start:
             if self.average is None:
-                self.average = AveragedModel(self.model, multi_avg_fn=_update_mean)
-            self.average.update_parameters(self.model)
+                self.average = AveragedModel(self.weights, multi_avg_fn=_update_mean)
+            self.average.update_parameters(self.weights)
 
     def count_epoch(self, lr, loss, errors):
         """Note an epoch's curves. Validation fills the last two in later."""
@@ -62,7 +65,7 @@ class TrainingState:
 
     def is_due(self):
         """Whether to write the state: after every epoch, unless writing would take over a twentieth of the time."""
-        return time.monotonic() - self.written > 20 * self.seconds_to_write
+        return time.monotonic() - self.written_at > 20 * self.seconds_to_write
 
     def write(self):
         """Write the state to <prefix>_resume-<epoch>.pth."""
@@ -75,20 +78,22 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict()["state"], "scaler": self.scaler.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {}, "random": random,
             "norm_counters": self.norm_counters, "epoch": self.epoch,
-            "losses": torch.tensor(self.losses, dtype=torch.double), "curves": self.curves, "best": self.best,
+            "losses": torch.from_numpy(np.array(self.losses)), "curves": self.curves, "best": self.best,
             "average_start": self.average_start, "scene_names": self.scene_names, "settings": self.run.settings})
-        self.written = time.monotonic()
-        self.seconds_to_write = self.written - begin
+        self.written_at = time.monotonic()
+        self.seconds_to_write = self.written_at - begin
 
     def _restore(self, state):
         if state["scene_names"] != self.scene_names:
-            raise UserError(f"--resume: the model's scenes were {state['scene_names']} and are {self.scene_names} now; "
-                            "give them in their order with --set scene_names=... or as they were given")
+            raise UserError(f"--resume {self.run.prefix}: the model's scenes were {state['scene_names']} and are "
+                            f"{self.scene_names} now; give them in their order with --set scene_names=... or as they "
+                            "were given")
         try:
             self._restore_modules(state)
-            self._restore_course(state)
+            self._restore_progress(state)
         except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise UserError(f"--resume: the state does not fit this training: {str(error)[:200]}") from error
+            problem = str(error)[:200]
+            raise UserError(f"--resume {self.run.prefix}: the state does not fit this training: {problem}") from error
 
     def _restore_modules(self, state):
         self.model.load_state_dict(state["weights"])
@@ -99,26 +104,26 @@ class TrainingState:
         for parameter, moments in self.optimizer.state.items():
             if set(moments) != {"step", "exp_avg", "exp_avg_sq"} or any(
                     moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
-                raise ValueError("another optimizer")
+                raise ValueError("the optimizer is not Adam")
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if state["average"]:
-            self.average = AveragedModel(self.model, multi_avg_fn=_update_mean)
+            self.average = AveragedModel(self.weights, multi_avg_fn=_update_mean)
             self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.run.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.run.device)
 
-    def _restore_course(self, state):
+    def _restore_progress(self, state):
         self.epoch, self.average_start = state["epoch"], state["average_start"]
         self.losses = array("d", state["losses"].tolist())
         self.curves = [[int(n), *map(float, values)] for n, *values in state["curves"]]
         if any(len(row) != len(CURVES) for row in self.curves):
-            raise ValueError("other curves")
+            raise ValueError("its curves have other columns")
         self.best = [float(state["best"][0]), int(state["best"][1])] if state["best"] else []
         self.norm_counters = state["norm_counters"]
         if [type(n) for n in self.norm_counters] != [int] * len(self.norms):
-            raise ValueError("other batch norms")
+            raise ValueError("its batch norms differ")
 
 
 def _update_mean(means, weights, n_averaged):

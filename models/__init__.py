@@ -5,9 +5,17 @@ APR_NAMES = ("posenet", "ms-transposenet", "ems-transposenet")
 SINGLE_SCENE_APRS = ("posenet",)
 MULTI_SCENE_APRS = ("ems-transposenet",)
 # The solvers of `main_refine_apr.py optimize`, see models/refinement.py.
-SOLVERS = ("linear", "inversion", "mlp", "simplex")
-# The solvers that need the noise covariance, which only PAEs trained here hold.
-SOLVERS_WITH_NOISE = ("linear", "inversion")
+SOLVERS = (
+    "linear",
+    "inversion",
+    "mlp",
+    "simplex",
+)
+# The solvers that use all references of a scene and the noise covariance, which only PAEs trained here hold.
+SOLVERS_WITH_NOISE = (
+    "linear",
+    "inversion",
+)
 
 
 def get_model(model_name, backbone_path, config):

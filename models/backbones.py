@@ -1,10 +1,12 @@
 """The convolutional backbones: build them, fill them with weights, and compute feature maps with them.
 
-Module names follow the published checkpoints. ResNet-50 and MobileNetV2 are `Sequential`s of torchvision's children
-without the classifier. EfficientNet-B0 is the whole network of efficientnet-pytorch.
+Module names follow the published checkpoints. Networks of torchvision are `Sequential`s of their children without
+pooling and classifier. EfficientNet-B0 is the whole network of efficientnet-pytorch.
 """
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torchvision
@@ -16,23 +18,44 @@ from models.checkpoints import check_numbers, read_module_tensors
 from models.cpu import avoid_slow_bf16
 from util.errors import UserError
 
-# Backbone type: channels of its last feature map.
-FEATURES = {"efficientnet": 1280, "resnet50": 2048, "mobilenet": 1280}
 # Endpoint of EfficientNet-B0: (number of blocks up to it, channels). Resolutions are 1/8 and 1/16 of the image's.
 ENDPOINTS = {"reduction_3": (5, 40), "reduction_4": (11, 112)}
 
-_BUILDERS = {
-    "efficientnet": lambda: EfficientNet.from_name("efficientnet-b0"),
-    "resnet50": lambda: torchvision.models.resnet50(weights=None),
-    "mobilenet": lambda: torchvision.models.mobilenet_v2(weights=None),
-}
-_IMAGENET_URLS = {
-    "efficientnet": url_map["efficientnet-b0"],
-    "resnet50": torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url,
-    "mobilenet": torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url,
-}
 # Prefixes of the classifiers. They are not used here: a file may lack them, or hold them for other classes.
-_CLASSIFIERS = ("_fc.", "fc.", "classifier.")
+CLASSIFIERS = ("_fc.", "fc.", "classifier.")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A convolutional network of a library.
+
+    build: () -> the network with random weights.
+    channels: of its last feature map, whose resolution is 1/32 of the image's.
+    url: its weights pretrained on ImageNet.
+    n_left_out: how many of its last children (pooling, classifier) follow the last feature map; 0 for a network with
+        `extract_features`.
+    marker: a tensor of what is left that no other backbone has, by which checkpoints are recognised.
+    """
+
+    build: Callable
+    channels: int
+    url: str
+    n_left_out: int
+    marker: str
+
+
+BACKBONES = {
+    "efficientnet": Backbone(
+        build=lambda: EfficientNet.from_name("efficientnet-b0"), channels=1280, url=url_map["efficientnet-b0"],
+        n_left_out=0, marker="_conv_stem.weight"),
+    "resnet50": Backbone(
+        build=torchvision.models.resnet50, channels=2048,
+        url=torchvision.models.ResNet50_Weights.IMAGENET1K_V1.url, n_left_out=2, marker="4.0.conv1.weight"),
+    "mobilenet": Backbone(
+        build=torchvision.models.mobilenet_v2, channels=1280,
+        url=torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url, n_left_out=1,
+        marker="0.1.conv.0.0.weight"),
+}
 
 
 def check_backbone_path(backbone_path):
@@ -44,28 +67,24 @@ def check_backbone_path(backbone_path):
 def build_backbone(backbone_type, backbone_path):
     """Build a backbone and fill it with weights.
 
-    backbone_type: 'efficientnet', 'resnet50' or 'mobilenet'.
+    backbone_type: of BACKBONES.
     backbone_path: a state dict of torchvision or efficientnet-pytorch, the published pickled EfficientNet, 'imagenet'
         (the library's pretrained weights, downloaded once into PyTorch's hub cache) or 'none' (random weights).
 
-    Returns a module for `feature_map`, with FEATURES[backbone_type] channels. Raises UserError for an unknown type and
-    for a file that does not fit.
+    Returns a module for `feature_map`. Raises UserError for an unknown type and for a file that does not fit.
     """
-    if backbone_type not in _BUILDERS:
-        raise UserError(f"unknown backbone_type '{backbone_type}': choose one of {', '.join(_BUILDERS)}")
+    if backbone_type not in BACKBONES:
+        raise UserError(f"unknown backbone_type '{backbone_type}': choose one of {', '.join(BACKBONES)}")
     check_backbone_path(backbone_path)
-    network = _BUILDERS[backbone_type]()
+    backbone = BACKBONES[backbone_type]
+    network = backbone.build()
     if backbone_path == "imagenet":
-        _fill(network, _download(_IMAGENET_URLS[backbone_type]), backbone_type, _IMAGENET_URLS[backbone_type])
+        _fill(network, _download(backbone.url), backbone_type, backbone.url)
     elif backbone_path != "none":
         _fill(network, read_module_tensors(backbone_path), backbone_type, backbone_path)
 
     avoid_slow_bf16(network)
-    if backbone_type == "resnet50":
-        return nn.Sequential(*list(network.children())[:-2])
-    if backbone_type == "mobilenet":
-        return nn.Sequential(*list(network.children())[:-1])
-    return network
+    return nn.Sequential(*list(network.children())[:-backbone.n_left_out]) if backbone.n_left_out else network
 
 
 def feature_map(backbone, img):
@@ -116,8 +135,8 @@ def _fill(network, tensors, backbone_type, source):
     Raises UserError, naming `source`, if it does not fit.
     """
     own = network.state_dict()
-    tensors = {key: value for key, value in tensors.items() if not key.startswith(_CLASSIFIERS)}
-    expected = {key for key in own if not key.startswith(_CLASSIFIERS)}
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(CLASSIFIERS)}
+    expected = {key for key in own if not key.startswith(CLASSIFIERS)}
     # Files from before PyTorch 0.4.1 lack the counters of batch norm. Nothing here reads them.
     missing = [key for key in sorted(expected - set(tensors)) if not key.endswith("num_batches_tracked")]
     unexpected = sorted(set(tensors) - expected)

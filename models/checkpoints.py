@@ -119,9 +119,13 @@ def describe(weights):
 
 
 def _describe_posenet(weights):
-    backbone_type = ("efficientnet" if "backbone._conv_stem.weight" in weights else
-                     "mobilenet" if "backbone.0.0.0.weight" in weights else "resnet50")
-    return {"kind": "posenet", "backbone_type": backbone_type, "hidden_dim": len(weights["x_latent_fc.weight"])}
+    from models.backbones import BACKBONES  # which imports this module
+
+    found = {"kind": "posenet", "hidden_dim": len(weights["x_latent_fc.weight"])}
+    for name, backbone in BACKBONES.items():
+        if f"backbone.{backbone.marker}" in weights:
+            found["backbone_type"] = name
+    return found
 
 
 def _describe_ms_transformer(weights):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.backbones import FEATURES, build_backbone, feature_map
+from models.backbones import BACKBONES, build_backbone, feature_map
 from models.precision import autocast
 
 
@@ -23,8 +23,8 @@ class PoseNet(nn.Module):
         super().__init__()
         backbone_type, hidden_dim = config["backbone_type"], config["hidden_dim"]
         self.backbone = build_backbone(backbone_type, backbone_path)
-        self.x_latent_fc = nn.Linear(FEATURES[backbone_type], hidden_dim)
-        self.q_latent_fc = nn.Linear(FEATURES[backbone_type], hidden_dim)
+        self.x_latent_fc = nn.Linear(BACKBONES[backbone_type].channels, hidden_dim)
+        self.q_latent_fc = nn.Linear(BACKBONES[backbone_type].channels, hidden_dim)
         self.x_reg = nn.Linear(hidden_dim, 3)
         self.q_reg = nn.Linear(hidden_dim, 4)
         self.precision = config["precision"]

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import nnls
 
+from models import SOLVERS_WITH_NOISE
 from util.config import Config
 from util.rotations import mean_quaternion, multiply_quaternions, on_side_of, quaternion_of, unit_poses
 from util.seeds import epoch_generator
 
-MIN_REFERENCES = 32  # per scene, for linear and inversion
+MIN_REFERENCES = 32  # per scene, for SOLVERS_WITH_NOISE
 CHUNK = 1024  # queries at a time, so that memory grows with the number of references alone
 _MLP_CHUNK = 32  # MLPs at a time; each has 0.3 million weights
 _N_STEPS = 10  # Gauss-Newton steps of `invert`
@@ -41,15 +42,15 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
     seed: for mlp, whose initial weights depend on it.
 
     Returns poses N x 7 with unit quaternions, and a boolean mask N of the refined queries. The others keep the
-    APR's pose: their scene has no references or, for linear and inversion, fewer than MIN_REFERENCES.
+    APR's pose: their scene has no references or, for SOLVERS_WITH_NOISE, fewer than MIN_REFERENCES.
     """
     config = Config(config)
     known = reference_scenes >= 0
     references, reference_scenes = references[known], reference_scenes[known]
     queries = {**queries, "pose": unit_poses(queries["pose"])}
-    if solver in ("mlp", "simplex"):
-        return _blend_nearest(solver, encoder, queries, references, reference_scenes, config, seed)
-    return _solve_per_scene(solver, encoder, queries, references, reference_scenes)
+    if solver in SOLVERS_WITH_NOISE:
+        return _solve_per_scene(solver, encoder, queries, references, reference_scenes, config)
+    return _blend_nearest(solver, encoder, queries, references, reference_scenes, config, seed)
 
 
 def _blend_nearest(solver, encoder, queries, references, reference_scenes, config, seed):
@@ -63,14 +64,16 @@ def _blend_nearest(solver, encoder, queries, references, reference_scenes, confi
     latents = queries["latents"][rows]
     if solver == "mlp":
         weights = mlp_weights(encoded, latents, rows.tolist(), seed, config["test_optim_iterations"])
-    else:
+    elif solver == "simplex":
         weights = simplex_weights(encoded, latents)
+    else:
+        raise ValueError(f"unknown solver {solver}")
     poses[rows] = weighted_poses(weights, neighbours, poses[rows], config["refine_orientation"])
     return poses, refined
 
 
-def _solve_per_scene(solver, encoder, queries, references, reference_scenes):
-    """Refine with all references of the query's scene: linear and inversion."""
+def _solve_per_scene(solver, encoder, queries, references, reference_scenes, config):
+    """Refine with all references of the query's scene and the PAE's noise: SOLVERS_WITH_NOISE."""
     poses = queries["pose"].clone()
     refined = torch.zeros(len(poses), dtype=torch.bool, device=poses.device)
     encoded = torch.cat(encoder(references, reference_scenes), dim=1)
@@ -85,8 +88,10 @@ def _solve_per_scene(solver, encoder, queries, references, reference_scenes):
         latents = queries["latents"][rows]
         if solver == "linear":
             poses[rows] = linear_estimate(latents, *given)
-        else:
+        elif solver == "inversion":
             poses[rows] = torch.cat([invert(encoder, chunk, scene, *given) for chunk in latents.split(CHUNK)])
+        else:
+            raise ValueError(f"unknown solver {solver}")
         refined[rows] = True
     return poses, refined
 
@@ -126,6 +131,16 @@ def linear_estimate(latents, references, encoded, noise):
     return unit_poses(estimates).float()
 
 
+def whitening(noise):
+    """Return the matrix W, D x D, under which distances of x @ W are Mahalanobis distances of x.
+
+    noise: D x D, the covariance. A tenth of its mean variance is added in all directions, since it may be singular.
+    """
+    noise = noise.double()
+    noise = noise + 0.1 * noise.diagonal().mean() * torch.eye(len(noise), dtype=noise.dtype, device=noise.device)
+    return torch.linalg.inv(torch.linalg.cholesky(noise)).T.float()
+
+
 def invert(encoder, latents, scene, references, encoded, noise):
     """Return the poses whose encodings are nearest to latents of one scene: N x 7.
 
@@ -134,9 +149,7 @@ def invert(encoder, latents, scene, references, encoded, noise):
 
     latents: N x D; references: R x 7; encoded: R x D, their encodings; noise: D x D.
     """
-    noise = noise.double()
-    noise = noise + 0.1 * noise.diagonal().mean() * torch.eye(len(noise), dtype=noise.dtype, device=noise.device)
-    whiten = torch.linalg.inv(torch.linalg.cholesky(noise)).T.float()
+    whiten = whitening(noise)
     targets = latents @ whiten
     poses = references[torch.cdist(targets, encoded @ whiten).argmin(dim=1)]
     scenes = scene.expand(len(poses))

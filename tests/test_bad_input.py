@@ -67,6 +67,7 @@ def write_configs(root):
     for name, content in (
             ("config", config),
             ("incomplete", {**config, "posenet": incomplete}),
+            ("without_size", {**config, "posenet": {k: v for k, v in section.items() if k != "hidden_dim"}}),
             ("wrong_type", {**config, "posenet": {**section, "n_epochs": "many"}}),
             ("odd", {**config, "presets": {"text": "posenet", "nothing": {"posenet": 3}}})):
         (root / f"{name}.json").write_text(json.dumps(content))
@@ -191,6 +192,8 @@ CASES = {
     "flag of a wrong type": (apr(more=["--set", "learnable=1"]), ["learnable is 1, but it must be true or false"]),
     "wrong type in the file": (apr(config="wrong_type.json"), ["wrong_type.json: n_epochs is \"many\""]),
     "missing key": (apr(config="incomplete.json"), ["incomplete.json", "required key 'lr' is missing"]),
+    "missing key of the model": (apr(config="without_size.json"), [
+        "without_size.json, section 'posenet': the required key 'hidden_dim' is missing"]),
     "config that is not JSON": (apr(config="not_json.json"), ["not_json.json: not a readable JSON config"]),
     "absent config": (apr(config="absent.json"), ["absent.json: not a readable JSON config"]),
     # options

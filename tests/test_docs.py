@@ -284,6 +284,6 @@ def test_the_guides_of_development_work(tmp_path):
             assert not (tmp_path / first.removeprefix("# ")).exists()
             (tmp_path / first.removeprefix("# ")).write_text(rest)
     load_config(tmp_path / "config.json", "posenet", preset="12Scenes")
-    added = [f"tests/test_{name}.py" for name in ("weights", "refinement", "prepare_12scenes")]
-    names = "convnext or gem or nearest_encoding or 12scenes"
-    assert "5 passed" in run_well("-m", "pytest", "-q", "-k", names, *added, cwd=tmp_path)
+    added = [f"tests/test_{name}.py" for name in ("weights", "backbones", "refinement", "prepare_12scenes")]
+    names = "convnext or gem or nearest or 12scenes"
+    assert "8 passed" in run_well("-m", "pytest", "-q", "-k", names, *added, cwd=tmp_path)

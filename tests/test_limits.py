@@ -65,13 +65,13 @@ def test_a_full_disk_ends_a_run_in_one_line_and_spoils_nothing(attic, limit_file
 
 def test_tensorboard_without_room_ends_in_one_line(tmp_path, limit_file_size, capfd):
     run = Run(Config(), torch.device("cpu"), prefix=str(tmp_path / "run"), tensorboard=True)
-    before = SimpleNamespace(curves=[])
-    after = SimpleNamespace(curves=[[500, 1e-3, 0.5, 0.1, 1.0, 0.1, 1.0]], losses=[0.5] * 500)
     for limit, reason in ((2000, "File too large"), (None, "File exists")):
         error = f"run_tensorboard: cannot be written: {reason}"
-        with pytest.raises(UserError, match=error), curve_writer(run, before) as write:
+        state = SimpleNamespace(run=run, curves=[], losses=[])
+        with pytest.raises(UserError, match=error), curve_writer(state) as write:
             limit_file_size(limit)
-            write(after)
+            state.curves, state.losses = [[500, 1e-3, 0.5, 0.1, 1.0, 0.1, 1.0]], [0.5] * 500
+            write()
         limit_file_size(None)
         assert not capfd.readouterr().err
         shutil.rmtree(tmp_path / "run_tensorboard", ignore_errors=True)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, run_here, weights_of, write_labels, write_scene
 
+from models import SOLVERS, SOLVERS_WITH_NOISE
+
 SMALL_TRANSFORMER = [f"num_{branch}_{part}_layers=1" for branch in ("t", "rot") for part in ("encoder", "decoder")]
 
 
@@ -120,12 +122,12 @@ def test_frames_in_a_scene_without_references_keep_the_aprs_pose(layout, apr, pa
     (layout / "scene_of_both.csv").write_text(f"{labels}{first_in_attic}\n")
     listed = [*arguments(layout, "optimize", "scene_of_both.csv", apr, pae), 'scene_names=["attic", "cellar"]',
               "--ref_poses_file", layout / f"{references}.csv", "--predictions_path", layout / "refined.csv"]
-    for solver in ("linear", "inversion", "mlp", "simplex"):
+    for solver in SOLVERS:
         output = run_here("main_refine_apr.py", *listed, "--solver", solver)
         table = pd.read_csv(layout / "refined.csv")
         kept = np.isclose(table[["apr_t1", "apr_t2", "apr_t3"]], table[["t1", "t2", "t3"]], atol=1e-6).all(axis=1)
         # Six references are too few for the first two solvers.
-        without = (table["predicted_scene"] != references) | (solver in ("linear", "inversion"))
+        without = (table["predicted_scene"] != references) | (solver in SOLVERS_WITH_NOISE)
         assert (kept == without).all() and f"{kept.sum()} frames keep the APR's pose" in output
         assert output.count("Median pose error") == 1 and "Change of the median position error: " in output
     assert "frames keep the APR's pose" in output

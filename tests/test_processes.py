@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import connection
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, run_here, weights_of, write_labels, write_scene
 from steady import make_steady
 
-from datasets import loaders
+from datasets import loaders, transforms
 from datasets.camera_poses import CameraPoseDataset
 from engine import resume
 from util import processes
@@ -90,36 +90,43 @@ def state_when_killed(folder, epoch, *command):
     return torch.load(found[max(found)])
 
 
-@pytest.fixture(scope="module")
-def run_in_two(tmp_path_factory):
+@pytest.fixture
+def run_in_two(tmp_path):
     """A function that runs a script in two processes, as torchrun would start them; returns what rank 0 printed.
 
     They are forked from a process that has imported PyTorch, which saves the time of torchrun's.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "models.backbones", "datasets.transforms"])
-    with ProcessPoolExecutor(2, context) as pool:
-        def run(*command):
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                port = free.getsockname()[1]
-            return list(pool.map(run_rank, range(2), [port] * 2, [command] * 2))[0]
 
-        yield run
+    def run(*command):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        ranks = [context.Process(target=run_rank, args=(rank, port, tmp_path / "output", command)) for rank in range(2)]
+        for rank in ranks:
+            rank.start()
+        try:
+            connection.wait([rank.sentinel for rank in ranks])
+            for rank in ranks:
+                rank.join(600 if all(not other.exitcode for other in ranks) else 1)
+            assert [rank.exitcode for rank in ranks] == [0, 0]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        return (tmp_path / "output").read_text()
+
+    return run
 
 
-def run_rank(rank, port, command):
-    """Run a script as one rank of two; returns what it printed. Ranks other than 0 end by sys.exit()."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.transforms.SIZE", 64)
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-                            "MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}.items():
-            patch.setenv(name, str(value))
-        if rank == 0:
-            return run_here(*command)
-        with pytest.raises(SystemExit) as ended:
-            run_here(*command)
-        assert not ended.value.code
+def run_rank(rank, port, output_file, command):
+    """Run a script as one rank of two; rank 0 writes what it printed to a file. The other ends by sys.exit()."""
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                       "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"})
+    transforms.SIZE = 64  # as small_frames does
+    output = run_here(*command)
+    assert rank == 0
+    output_file.write_text(output)
 
 
 def test_two_processes_test_every_frame_once_and_teach_the_same_pae(layout, run_in_two):

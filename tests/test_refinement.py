@@ -8,6 +8,7 @@ from torch import nn
 from transforms3d.quaternions import axangle2quat, quat2mat
 
 from datasets.references import equal_poses
+from models import SOLVERS, SOLVERS_WITH_NOISE
 from models.pose_encoder import MultiScenePoseEncoder, PoseEncoder
 from models.pose_refiner import PoseRefiner
 from models.refinement import invert, linear_estimate, mlp_weights, optimize, simplex_weights, weighted_poses
@@ -191,7 +192,7 @@ def test_inversion_descends_the_whitened_distance(encoder, random):
     assert (found[:, 3:].norm(dim=1) - 1).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("solver", ["linear", "inversion", "mlp", "simplex"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_scenes_are_refined_separately_and_keep_the_aprs_pose_without_references(solver, random):
     torch.manual_seed(0)
     encoder = MultiScenePoseEncoder(8, num_scenes=3).requires_grad_(False)
@@ -203,7 +204,7 @@ def test_scenes_are_refined_separately_and_keep_the_aprs_pose_without_references
     queries = {"pose": 2 * poses_near(random, 6), "latents": random_latents(random, 6, 16),
                "scene": torch.tensor([0, 1, 2, 2, 0, 1])}
     poses, refined = optimize(solver, encoder, queries, references, scenes, {})
-    enough = (queries["scene"] == 2) if solver in ("linear", "inversion") else (queries["scene"] != 1)  # scene 0 has 10
+    enough = (queries["scene"] == 2) if solver in SOLVERS_WITH_NOISE else (queries["scene"] != 1)  # scene 0 has 10
     assert torch.equal(refined, enough)
     norms = queries["pose"][:, 3:].norm(dim=1, keepdim=True)
     unit = queries["pose"] / torch.cat((torch.ones(6, 3), norms.expand(6, 4)), dim=1)
@@ -227,7 +228,7 @@ def test_scenes_are_refined_separately_and_keep_the_aprs_pose_without_references
     assert torch.allclose(optimize(solver, encoder, first, references, scenes, {})[0], poses[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["linear", "inversion", "mlp", "simplex"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_identical_references_give_their_position(solver, encoder, random):
     references = poses_near(random, 1).expand(40, 7)
     queries = {"pose": poses_near(random, 3), "latents": random_latents(random, 3, 128),

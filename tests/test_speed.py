@@ -134,7 +134,7 @@ def test_fp16_scales_the_loss_and_takes_the_same_steps(tmp_path, precision, scal
     model.weight.register_hook(gradients.append)
     config = {"lr": 0.1, "eps": 1e-10, "weight_decay": 0, "lr_scheduler_step_size": 100, "lr_scheduler_gamma": 1,
               "n_epochs": 3, "n_freq_print": 1, "n_freq_checkpoint": 100, "precision": precision}
-    run = Run(Config(config), torch.device("cpu"), "train", prefix=str(tmp_path / precision), settings="{}")
+    run = Run(Config(config), torch.device("cpu"), prefix=str(tmp_path / precision), settings="{}")
 
     def step(batch):
         pose = model(batch["pose"])

@@ -3,6 +3,7 @@ import hashlib
 import pickle
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,8 +28,11 @@ from models.pose_encoder import PoseEncoder
 from models.pose_refiner import PoseRefiner
 from util.errors import UserError
 
-BACKBONES = {"efficientnet": lambda: EfficientNet.from_name("efficientnet-b0"), "resnet50": torchvision.models.resnet50,
-             "mobilenet": torchvision.models.mobilenet_v2}
+BACKBONES = {
+    "efficientnet": lambda: EfficientNet.from_name("efficientnet-b0"),
+    "resnet50": torchvision.models.resnet50,
+    "mobilenet": torchvision.models.mobilenet_v2,
+}
 SMALL = {"hidden_dim": 16, "num_scenes": 3, "dim_feedforward": 8, "nhead": 2,
          **{f"num_{branch}_{part}_layers": 2 for branch in ("t", "rot") for part in ("encoder", "decoder")}}
 
@@ -40,7 +44,7 @@ def posenet(backbone_type, path="none"):
 def assert_backbone_equals(model, network):
     """Assert that the model's backbone has every tensor of the network but the classifier's, in order."""
     ours, theirs = ([tensor for key, tensor in module.state_dict().items()
-                     if not key.startswith(("_fc.", "fc.", "classifier."))] for module in (model.backbone, network))
+                     if not key.startswith(backbones.CLASSIFIERS)] for module in (model.backbone, network))
     assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
@@ -248,7 +252,8 @@ def test_imagenet_weights_are_downloaded_and_verified(tmp_path, monkeypatch, ser
     (folder / "weights.pth").rename(folder / f"backbone-{digest}.pth")
     for name, genuine in (("backbone-00000000.pth", False), (f"backbone-{digest}.pth", True),
                           ("gone-00000000.pth", False)):
-        monkeypatch.setitem(backbones._IMAGENET_URLS, backbone_type, f"{url}/{name}")
+        backbone = replace(backbones.BACKBONES[backbone_type], url=f"{url}/{name}")
+        monkeypatch.setitem(backbones.BACKBONES, backbone_type, backbone)
         if genuine:
             assert_backbone_equals(posenet(backbone_type, "imagenet"), network)
         else:

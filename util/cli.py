@@ -44,7 +44,7 @@ def _run_naming_system_limits(command):
                             "workers (--set n_workers=0)") from error
         if not (processes.under_torchrun() and re.search("Connection (closed|reset) by peer", str(error))):
             raise
-        time.sleep(2)  # torchrun ends the others by a signal, whose message says more
+        time.sleep(2)  # torchrun then sends SIGTERM, and the line for that says how to resume
         raise UserError(f"process {processes.rank()} of this run: another process has ended; "
                         "see its message") from error
 

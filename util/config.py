@@ -54,7 +54,12 @@ KEYS = {
     "learnable": _FLAG, "s_x": _NUMBER, "s_q": _NUMBER, "norm": _NORM,
     "equalize_scenes": _FLAG, "no_augment": _FLAG, "freeze": _FLAG, "freeze_exclude_phrase": _PHRASES,
     # APRs
-    "backbone_type": _choice("efficientnet", "resnet50", "mobilenet"), "reduction": _ENDPOINTS,
+    "backbone_type": _choice(
+        "efficientnet",
+        "resnet50",
+        "mobilenet",
+    ),
+    "reduction": _ENDPOINTS,
     "num_scenes": _COUNT, "scene_names": _NAMES, "hidden_dim": _COUNT, "dim_feedforward": _COUNT,
     "nhead": _COUNT, "nheads": _COUNT, "dropout": _FRACTION,
     "num_t_encoder_layers": _COUNT_OR_0, "num_t_decoder_layers": _COUNT_OR_0,
@@ -92,8 +97,11 @@ class Config(dict):
     config[key] is the value in DEFAULTS if the config lacks the key. Raises UserError if DEFAULTS lacks it too.
     """
 
-    source = "the config"  # where it is from, for error messages
-    given = frozenset()  # the keys that --set gave
+    def __init__(self, values=()):
+        """Copy values. `source` says in messages where they are from; `given` are the keys of --set."""
+        super().__init__(values)
+        self.source = getattr(values, "source", "the config")
+        self.given = getattr(values, "given", frozenset())
 
     def __missing__(self, key):
         if key in DEFAULTS:

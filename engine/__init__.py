@@ -1,0 +1,1 @@
+"""How a run goes, whatever is trained: arguments, training, evaluation, resuming, reports."""
