@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 from transforms3d.quaternions import mat2quat
 
-from datasets.labels import POSE_COLUMNS
+from datasets.labels import COLUMNS
 from datasets.synthetic_scenes import camera_path, make_room, render
 from engine.run import device_of
 from util.files import whole_file
@@ -36,7 +36,7 @@ def frames(n, width, height):
     path = zip(*camera_path(scene, n, np.random.default_rng(1)))
     folder = f"room/{n}-{width}x{height}"
     os.makedirs(f"{FRAMES}/{folder}", exist_ok=True)
-    lines = [",".join(("scene", "split", "seq", "img_path", *POSE_COLUMNS))]
+    lines = [",".join(COLUMNS)]
     for i, (position, rotation) in enumerate(tqdm(path, total=n, desc=f"rendering {width}x{height}", disable=None)):
         name = f"{folder}/frame-{i:06d}.color.png"
         Image.fromarray(render(scene.faces, position, rotation, width, height)).save(f"{FRAMES}/{name}")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from datasets.text_files import writing
 from util.errors import UserError
+from util.files import writing
 
 WAITS = (1, 3, 10, 30)  # seconds before another try, after tries that brought nothing new
 TIMEOUT = 60  # seconds without a byte

@@ -19,9 +19,10 @@ import pandas as pd
 from transforms3d.quaternions import mat2quat, quat2mat
 
 from datasets.labels import COLUMNS, natural_key, to_number, write_labels
-from datasets.text_files import reading, writing
+from datasets.text_files import reading
 from util import cli
 from util.errors import UserError, first_five
+from util.files import writing
 
 DEFAULT_EVERY = 8
 NO_FOLDER = "seq-01"  # the sequence of images outside any folder

@@ -1,4 +1,4 @@
-"""Text files, and failures to read or write a file as user errors."""
+"""Text files, and failures to read a file as user errors."""
 from contextlib import contextmanager
 
 from util.errors import UserError
@@ -19,12 +19,3 @@ def reading(path):
         raise UserError(f"{path}: not a text file in UTF-8") from error
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
-
-
-@contextmanager
-def writing(path):
-    """Within the block, a failure to write the file `path` becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

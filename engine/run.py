@@ -15,7 +15,7 @@ from models import APR_NAMES
 from util import cli, processes
 from util.config import Config, load_config
 from util.errors import UserError
-from util.files import lock, remove_parts, same_file
+from util.files import lock, remove_parts, same_file, writing
 from util.log import log_nowhere, log_to
 
 _training = None  # the training of this process, to say how to resume it
@@ -176,7 +176,7 @@ def _check_predictions_path(args):
 
 def _start_log(args, suffix):
     """Log to the screen and to DIR/run_<stamp>.log, a new file or the resumed run's; returns its path without .log."""
-    try:
+    with writing(f"--output_dir {args.output_dir}"):
         os.makedirs(args.output_dir, exist_ok=True)
         if args.resume:
             prefix = resume.find(args.output_dir, args.resume, suffix)
@@ -188,8 +188,6 @@ def _start_log(args, suffix):
             remove_parts(f"{glob.escape(args.output_dir)}/run_*.part", older_than=60)
             prefix, log = _new_log(os.path.join(args.output_dir, time.strftime("run_%d_%m_%y_%H_%M")))
             lock(log)
-    except OSError as error:
-        raise UserError(f"--output_dir {args.output_dir}: cannot be written: {error.strerror}") from error
     log_to(f"{prefix}.log", log)
     return prefix
 

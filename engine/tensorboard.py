@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 from engine.plots import CURVES
 from util import processes
-from util.errors import UserError
+from util.files import writing
 
 
 @contextmanager
@@ -25,15 +25,13 @@ def curve_writer(state):
 
     def write(curves, losses):
         n_steps, *values = curves
-        try:
+        with writing(folder):
             for i, loss in enumerate(losses, n_steps - len(losses) + 1):
                 writer.add_scalar("loss/batch", loss, i)
             for name, value in zip(CURVES[1:], values):
                 if math.isfinite(value):
                     writer.add_scalar(name, value, n_steps)
             writer.flush()
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
     def write_epoch(i=-1):
         begin = state.curves[i - 1][0] if state.curves[:i] else 0
@@ -41,10 +39,8 @@ def curve_writer(state):
 
     hook = threading.excepthook  # the writer's thread would print a traceback of what flush raises again
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
-    try:
+    with writing(folder):
         writer = SummaryWriter(folder, purge_step=0)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
     logging.info("TensorBoard: %s", folder)
     try:
         for i in range(len(state.curves)):

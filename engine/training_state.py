@@ -51,8 +51,11 @@ class TrainingState:
         self.losses.append(loss)
         if len(self.losses) > self.average_start:
             if self.average is None:
-                self.average = AveragedModel(self.weights, multi_avg_fn=_update_mean)
+                self.average = self._new_average()
             self.average.update_parameters(self.weights)
+
+    def _new_average(self):
+        return AveragedModel(self.weights, multi_avg_fn=_update_mean)
 
     def count_epoch(self, lr, loss, errors):
         """Note an epoch's curves. Validation fills the last two in later."""
@@ -108,7 +111,7 @@ class TrainingState:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if state["average"]:
-            self.average = AveragedModel(self.weights, multi_avg_fn=_update_mean)
+            self.average = self._new_average()
             self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.run.device.type == "cuda" and "cuda" in state["random"]:

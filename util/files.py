@@ -20,6 +20,15 @@ def same_file(path, other):
 
 
 @contextmanager
+def writing(path):
+    """Within the block, a failure to write a file or folder `path` becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
 def whole_file(path, mode="w"):
     """Open a file for writing that appears under `path` complete or not at all.
 
@@ -31,16 +40,15 @@ def whole_file(path, mode="w"):
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: cannot be written: it is not a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_parts(glob.escape(str(path)) + ".*.part", older_than=60)  # a file is locked a moment after it is created
-        with open(part, mode) as file:
-            lock(file)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # some file systems report only now that they are full
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_parts(glob.escape(str(path)) + ".*.part", older_than=60)  # a new file is locked a moment later
+            with open(part, mode) as file:
+                lock(file)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # some file systems report only now that they are full
+            os.replace(part, path)
     finally:
         with suppress(OSError):
             part.unlink()

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 
-from util.errors import UserError
+from util.files import writing
 
 
 def log_to(path, descriptor):
@@ -34,10 +34,8 @@ class _LogFile(logging.Handler):
         self.path, self.descriptor = path, descriptor
 
     def emit(self, record):
-        try:
+        with writing(self.path):
             os.write(self.descriptor, (self.format(record) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def close(self):
         if self.descriptor is not None:

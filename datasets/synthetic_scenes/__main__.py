@@ -11,6 +11,7 @@ from datasets.synthetic_scenes.paths import TRAIN_SEQUENCES
 from datasets.synthetic_scenes.rooms import make_room, make_yard
 from util import cli
 from util.errors import UserError
+from util.files import writing
 
 SCENES = {"room": make_room, "yard": make_yard}
 
@@ -45,12 +46,11 @@ def main():
         folder = os.path.join(args.folder, name)
         random = np.random.default_rng((args.seed, i))
         try:
-            shutil.rmtree(f"{folder}.part", ignore_errors=True)
-            scene = SCENES[kind](random)
-            distance = write_scene(f"{folder}.part", scene, args.layout, args.frames, args.width, random)
-            os.rename(f"{folder}.part", folder)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+            with writing(folder):
+                shutil.rmtree(f"{folder}.part", ignore_errors=True)
+                scene = SCENES[kind](random)
+                distance = write_scene(f"{folder}.part", scene, args.layout, args.frames, args.width, random)
+                os.rename(f"{folder}.part", folder)
         finally:
             shutil.rmtree(f"{folder}.part", ignore_errors=True)
         print(f"{folder}: {TRAIN_SEQUENCES * args.frames} training and {args.frames} test frames, the test frames a "

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from conftest import COLUMNS, ROOT
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,13 +32,11 @@ from models.checkpoints import save_weights
 from models.pose_encoder import PoseEncoder
 from models.pose_refiner import PoseRefiner
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 SECONDS = 600  # a run that takes longer hangs
 MARK = "code-ran"
 FINISHED, CLEAR_LINE = "finished", "a clear line"
 MODEL = {"hidden_dim": 16, "num_scenes": 1, "dim_feedforward": 8, "nhead": 2, "backbone_type": "mobilenet",
          **{f"num_{branch}_{part}_layers": 1 for branch in ("t", "rot") for part in ("encoder", "decoder")}}
-HEADER = "scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4"
 WAYS = ("truncated", "a bit flipped", "bits flipped", "emptied", "noise", "a block of zeros", "a block lost",
         "swapped", "hostile")
 
@@ -131,7 +130,7 @@ def _start_process(folder):
 def _write_frames():
     """Write four frames of noise with random poses, three of them PNG and one JPEG."""
     rng = random.Random(0)
-    lines = [HEADER]
+    lines = [COLUMNS]
     for i in range(4):
         name = f"attic/seq-01/frame-{i:06d}.color.{'png' if i < 3 else 'jpg'}"
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +251,7 @@ def _hostile():
     """Files that would run code, or exhaust a careless parser."""
     mark = _MarksItsRun()
     state = {"epoch": 2, "weights": mark, "settings": "{}"}
-    header = f"{HEADER}\n".encode()
+    header = f"{COLUMNS}\n".encode()
     return [
         _saved({"x_reg.weight": mark}), _saved({"x_reg.weight": mark}, zipped=False), pickle.dumps(mark),
         pickle.dumps({"a": mark}, 0), _saved(state), _saved(mark, zipped=False), _saved({"epoch": 2}),
