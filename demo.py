@@ -90,16 +90,17 @@ def run(*command):
 def show(out, training_labels, test_labels):
     """Print the table of median errors. test_labels: {scene: label file}."""
     import numpy as np
+    import pandas as pd
     import torch
 
     from datasets.labels import poses_of, read_labels
     from models.refinement import pose_distances
-    from util.metrics import pose_err
+    from util.metrics import changes, pose_err
     from util.rotations import mean_quaternion
 
     training = read_labels(training_labels)
     rows = {"training mean": [], "training pose nearest to it": [], "APR": [], "PAE": [], "refined": []}
-    truths = []
+    truths, novelty = [], []
     for scene, path in test_labels.items():
         truth = torch.tensor(poses_of(read_labels(path)))
         references = torch.tensor(poses_of(training[training["scene"] == scene]))
@@ -110,10 +111,19 @@ def show(out, training_labels, test_labels):
         for name in ("APR", "PAE", "refined"):
             rows[name].append(torch.tensor(poses_of(read_labels(f"{out}/{name.lower()}_{scene}.csv"))))
         truths.append(truth)
-    print("\n| | median position error | median orientation error |\n|---|---|---|")
-    for name, estimates in rows.items():
-        position, orientation = (np.median(errors) for errors in pose_err(torch.cat(estimates), torch.cat(truths)))
-        print(f"| {name} | {position:.3f} m | {orientation:.3f} deg |")
+        novelty.append(pd.read_csv(f"{out}/refined_{scene}.csv").get("novelty", pd.Series([np.nan] * len(truth))))
+    errors = {name: [error.numpy() for error in pose_err(torch.cat(estimates), torch.cat(truths))]
+              for name, estimates in rows.items()}
+    trusted = np.argsort(np.concatenate(novelty), kind="stable")[:sum(map(len, novelty)) // 2]
+    print("\nMedian errors; changes against the APR with 95 % intervals; and of the half with the smallest novelty\n\n"
+          "| | position | change | orientation | change | trusted half |\n|---|---|---|---|---|---|")
+    for name, of_name in errors.items():
+        position, orientation, *of_trusted = (np.median(error[frames]) for frames in (slice(None), trusted)
+                                              for error in of_name)
+        of_change = [f"{change:+.0f} % ({low:+.0f} to {high:+.0f})" if name in ("PAE", "refined") else ""
+                     for change, low, high in changes(errors["APR"], of_name)]
+        print("| {} | {:.3f} m | {} | {:.3f} deg | {} | {:.3f} m, {:.3f} deg |".format(
+            name, position, of_change[0], orientation, of_change[1], *of_trusted))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 import logging
 
 from engine.run import about, parser, run_main, start
-from models import APR_NAMES, SINGLE_SCENE_APRS
+from models import APR_NAMES, MULTI_SCENE_APRS, SINGLE_SCENE_APRS
 
 
 def main():
@@ -10,11 +10,13 @@ def main():
     options.add_argument("--checkpoint_path", metavar="FILE.pth",
                          help="the APR's weights: to start from in training, else required (default: none in "
                               "training)")
+    options.add_argument("--encoder_checkpoint_path", metavar="PAE.pth",
+                         help="in test and predict: the APR's PAE, to tell the novelty of frames (default: none)")
     options.add_argument("--as_stored", action="store_true",
                          help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
                               "upright)")
     args = options.parse_args()
-    run = start(args)
+    run = start(args, sections=("pose_encoder",) if args.encoder_checkpoint_path else ())
     check(args, run.config)
 
     from engine.report import scene_names_of
@@ -116,8 +118,9 @@ def test(run, args, apr, scene_names):
     apr.eval()
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names)
     dataset.move_to(apr.origin)
+    novelty_of = load_novelty(run, args, apr)
     results = evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
-    report(run, args.checkpoint_path, dataset, results, scene_names)
+    report(run, args.checkpoint_path, dataset, {**results, **novelty_of(results)}, scene_names)
 
 
 def predict(run, args, apr, scene_names):
@@ -130,13 +133,30 @@ def predict(run, args, apr, scene_names):
 
     apr.eval()
     images = Images(args.dataset_path, args.as_stored)
+    novelty_of = load_novelty(run, args, apr)
     results = evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
     unreadable = [images.problem(i) for i in (~results["readable"]).nonzero().squeeze(1).tolist()]
     if len(unreadable) == len(images):
         raise UserError(first_five(unreadable))
-    report_images(run, images.names, results, scene_names, apr.origin)
+    report_images(run, images.names, {**results, **novelty_of(results)}, scene_names, apr.origin)
     if unreadable:
         raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
+
+
+def load_novelty(run, args, apr):
+    """A function from the APR's results to what the PAE of --encoder_checkpoint_path says of them, as `novelty_of`."""
+    if args.encoder_checkpoint_path is None:
+        return lambda results: {}
+    from engine import novelty
+    from models import build_pose_encoder, freeze
+    from models.checkpoints import check_fingerprint
+
+    path = args.encoder_checkpoint_path
+    encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
+    check_fingerprint(path, encoder.apr, apr, args.checkpoint_path)
+    novelty.check_max_novelty(run, encoder, path)
+    freeze(encoder)
+    return lambda results: novelty.novelty_of(run, encoder, path, results)
 
 
 def check(args, config):
@@ -151,6 +171,13 @@ def check(args, config):
     if args.as_stored and args.mode != "predict":
         raise UserError(f"--as_stored is for predict: {args.mode} takes frames as stored, as their labels are; leave "
                         "it out")
+    if args.encoder_checkpoint_path is not None and args.mode == "train":
+        raise UserError("--encoder_checkpoint_path is for test and predict; leave it out in training")
+    if args.encoder_checkpoint_path is not None and args.model_name not in (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS):
+        raise UserError(f"{args.model_name} returns no latents, so it can have no PAE: leave --encoder_checkpoint_path "
+                        "out")
+    if args.max_novelty is not None and args.encoder_checkpoint_path is None:
+        raise UserError("--max_novelty needs --encoder_checkpoint_path, the APR's PAE, which tells novelty")
     if config["freeze"] and args.model_name in SINGLE_SCENE_APRS:
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 

@@ -34,21 +34,20 @@ def train(run, args, apr, encoder, scene_names):
     from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from engine import training
-    from engine.evaluation import compute_latents, latent_batches, one_thread
+    from engine.evaluation import compute_latents, frames_of, latent_batches, one_thread
     from models.checkpoints import fingerprint
-    from models.refinement import queries_of
     from util.losses import CameraPoseLoss
 
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names, origin=apr.origin)
     log_summary(args.labels_file, dataset.labels)
     latents = compute_latents(run, apr, dataset)
     encoder.apr.copy_(fingerprint(apr))
-    teacher = queries_of(latents)
-    poses, teacher_latents, scenes = (teacher[key] for key in ("pose", "latents", "scene"))  # the true poses here
+    frames = frames_of(latents)
+    scenes = frames["scene"]
     if args.encoder_checkpoint_path is None:
-        encoder.fit_poses(poses, scenes)
-    # Fit the noise only on frames whose scene the APR estimates correctly. If most are wrong, the order of scenes is
-    # unknown: use all frames.
+        encoder.fit_poses(frames["truth"], scenes)
+    # Fit noise and memory only on frames whose scene the APR estimates correctly. If most are wrong, the order of
+    # scenes is unknown: use all frames.
     true_scenes = torch.tensor(dataset.scenes).to(run.device) if "scene" in latents else scenes
     scene_is_correct = scenes == true_scenes
     if scene_is_correct.float().mean() < 0.5:
@@ -63,10 +62,7 @@ def train(run, args, apr, encoder, scene_names):
                 + pose_loss(pose, batch["pose"]))
         return loss, pose
 
-    def fit_noise():
-        encoder.fit_noise(poses[scene_is_correct], scenes[scene_is_correct], teacher_latents[scene_is_correct])
-
-    validate = None
+    validate, validation = None, None
     if args.val_labels_file is not None:
         val_dataset = CameraPoseDataset(args.dataset_path, args.val_labels_file, scene_names=scene_names,
                                         origin=apr.origin)
@@ -75,20 +71,27 @@ def train(run, args, apr, encoder, scene_names):
         def validate():
             return apr.regress(*encoder(validation["estimate"], validation.get("scene"))), validation["pose"]
 
+    def fit_latents():
+        encoder.fit_latents({key: rows[scene_is_correct] for key, rows in frames.items()})
+        if validation is not None:
+            encoder.memory.calibrate(encoder, frames_of(validation))
+
     with one_thread():
         training.train(run, encoder, pose_loss, latent_batches(latents, run.config["batch_size"], run.seed), step,
-                       about(run, "pose encoder of " + args.model_name, scene_names), fit_noise, validate)
+                       about(run, "pose encoder of " + args.model_name, scene_names), fit_latents, validate)
 
 
 def test(run, args, apr, encoder, scene_names):
     """Test a PAE: the errors of the poses that the APR's heads regress from the encoded estimates."""
     from datasets.camera_poses import CameraPoseDataset
     from engine.evaluation import evaluate
+    from engine.novelty import check_max_novelty, novelty_of
     from engine.report import report
     from models import infer
     from models.checkpoints import check_fingerprint
 
     check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.apr_checkpoint_path)
+    check_max_novelty(run, encoder, args.encoder_checkpoint_path)
     encoder.eval()
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names, origin=apr.origin)
 
@@ -97,7 +100,9 @@ def test(run, args, apr, encoder, scene_names):
         pose = apr.regress(*encoder(result["pose"], result.get("scene")))
         return {**result, "pose": pose, "apr_pose": result["pose"]}
 
-    report(run, args.encoder_checkpoint_path, dataset, evaluate(run, estimate, dataset), scene_names)
+    results = evaluate(run, estimate, dataset)
+    novelty = novelty_of(run, encoder, args.encoder_checkpoint_path, {**results, "pose": results["apr_pose"]})
+    report(run, args.encoder_checkpoint_path, dataset, {**results, **novelty}, scene_names)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Refine an APR's poses: by a PAE and reference poses at test time (optimize), or by a network (train, test)."""
 import logging
+import os
 
 from engine.run import about, parser, run_main, start
 from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS, SOLVERS, SOLVERS_WITH_NOISE
@@ -9,18 +10,25 @@ def main():
     options = parser(__doc__, (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS), modes=("train", "test", "optimize"))
     options.add_argument("apr_checkpoint_path", metavar="APR_CHECKPOINT", help="the weights of the APR")
     options.add_argument("encoder_checkpoint_path", metavar="ENCODER_CHECKPOINT",
-                         help="the weights of the APR's PAE; only optimize reads them")
+                         help="the weights of the APR's PAE; training does not read them, and test does only for "
+                              "novelty")
     options.add_argument("--rpr_checkpoint_path", metavar="FILE.pth",
                          help="the refiner's weights to start from in training, to test in testing (default: none "
                               "in training)")
     options.add_argument("--ref_poses_file", metavar="TRAIN.csv",
                          help="the training labels, whose poses optimize takes as references (default: none; "
-                              "required there)")
+                              "kernel needs none)")
     options.add_argument("--solver", choices=SOLVERS,
-                         help="how optimize refines: linear, the linear minimum mean square error estimate from the "
-                              "latents, given the references and their encodings; inversion, the pose whose "
+                         help="how optimize refines: kernel, the APR's errors on the training frames that the PAE "
+                              "remembers, carried over; linear, the linear minimum mean square error estimate from "
+                              "the latents, given the references and their encodings; inversion, the pose whose "
                               "encoding is nearest to the latents; mlp, the paper's; simplex, the minimum of the "
-                              "paper's objective (default: linear, or with a published PAE mlp)")
+                              "paper's objective (default: kernel, or linear with an earlier PAE, or mlp with a "
+                              "published one)")
+    options.add_argument("--fit_noise", action="store_true",
+                         help="in optimize: complete a PAE that holds no noise and no memory, such as a published one, "
+                              "by one pass of the APR over the frames of --ref_poses_file, and write it beside the log "
+                              "(default: off)")
     options.add_argument("--allow_query_poses", action="store_true",
                          help="let the references hold poses under test, as published: the result is no measurement")
     args = options.parse_args()
@@ -32,8 +40,9 @@ def main():
 
     if args.mode == "test" and args.rpr_checkpoint_path is None:
         raise UserError("a test needs --rpr_checkpoint_path, the weights to test")
-    if args.mode == "optimize" and args.ref_poses_file is None:
-        raise UserError("optimize needs --ref_poses_file, the label file that the APR was trained on")
+    if args.fit_noise and (args.mode != "optimize" or args.ref_poses_file is None):
+        raise UserError("--fit_noise is for optimize, with --ref_poses_file, the label file that the APR was trained "
+                        "on")
     apr = load_apr(args.model_name, args.backbone_path, run.config, args.apr_checkpoint_path).to(run.device)
     freeze(apr)
     scene_names = scene_names_of(args.model_name, run.config, args.apr_checkpoint_path)
@@ -83,64 +92,106 @@ def test(run, args, apr, scene_names):
     """Test the learned refiner."""
     import torch
 
+    from models import build_pose_encoder, freeze
     from models.checkpoints import check_fingerprint
 
     refiner = load_refiner(run, args)
     check_fingerprint(args.rpr_checkpoint_path, refiner.apr, apr, args.apr_checkpoint_path)
     refiner.eval()
+    path, encoder = args.encoder_checkpoint_path, None
+    if os.path.exists(path):
+        encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
+        check_fingerprint(path, encoder.apr, apr, args.apr_checkpoint_path)
+        freeze(encoder)
+    else:
+        logging.info("No novelty: there is no PAE %s", path)
 
     def refine(queries):
         return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)
 
     dataset = load_dataset(args, args.labels_file, apr, scene_names)
-    test_refinement(run, apr, dataset, scene_names, args.rpr_checkpoint_path, refine)
+    test_refinement(run, args, apr, dataset, scene_names, args.rpr_checkpoint_path, refine, encoder)
 
 
 def optimize(run, args, apr, scene_names):
     """Refine the APR's poses at test time, by a solver, a PAE and reference poses."""
-    from datasets.references import read_references
+    from datasets.references import check_remembered, read_references
     from models import build_pose_encoder, freeze, refinement
     from models.checkpoints import check_fingerprint
-    from util.errors import UserError
 
     dataset = load_dataset(args, args.labels_file, apr, scene_names)
-    encoder = build_pose_encoder(args.model_name, run.config, args.encoder_checkpoint_path).to(run.device)
-    check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.apr_checkpoint_path)
+    path = args.encoder_checkpoint_path
+    encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
+    check_fingerprint(path, encoder.apr, apr, args.apr_checkpoint_path)
     freeze(encoder)
     if not encoder.takes_unit_quaternions:
         logging.warning("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as "
-                        "the references'; a PAE trained with main_learn_*pose_encoding.py has",
-                        args.encoder_checkpoint_path)
-    solver = args.solver or ("linear" if encoder.noise.any() else "mlp")
-    if solver in SOLVERS_WITH_NOISE and not encoder.noise.any():
-        others = " or ".join(name for name in SOLVERS if name not in SOLVERS_WITH_NOISE)
-        raise UserError(f"{args.encoder_checkpoint_path}: does not hold the covariance of latents that {solver} works "
-                        f"with, as a PAE trained with main_learn_*pose_encoding.py does; choose --solver {others}")
-    num_scenes = run.config["num_scenes"] if args.model_name in MULTI_SCENE_APRS else None
-    references, scenes, leaked = read_references(args.ref_poses_file, dataset, scene_names, num_scenes,
-                                                 args.allow_query_poses)
-    references, scenes = references.to(run.device), scenes.to(run.device)
+                        "the references'; a PAE trained with main_learn_*pose_encoding.py has", path)
+    references, scenes, leaked = None, None, False
+    if args.ref_poses_file is not None:
+        num_scenes = run.config["num_scenes"] if args.model_name in MULTI_SCENE_APRS else None
+        references, scenes, leaked = read_references(args.ref_poses_file, dataset, scene_names, num_scenes,
+                                                     args.allow_query_poses)
+        references, scenes = references.to(run.device), scenes.to(run.device)
+    if args.fit_noise:
+        fit_noise(run, args, apr, encoder, scene_names)
+    leaked |= check_remembered(path, encoder.memory.poses, dataset, args.allow_query_poses)
+    solver = choose_solver(args, encoder)
 
     def refine(queries):
         return refinement.optimize(solver, encoder, queries, references, scenes, run.config, run.seed)
 
-    tested = f"{args.apr_checkpoint_path} refined by {args.encoder_checkpoint_path} ({solver})"
-    test_refinement(run, apr, dataset, scene_names, tested, refine, leaked)
+    tested = f"{args.apr_checkpoint_path} refined by {path} ({solver})"
+    test_refinement(run, args, apr, dataset, scene_names, tested, refine, encoder, leaked, solver == "kernel" or None)
 
 
-def test_refinement(run, apr, dataset, scene_names, tested, refine, leaked=False):
+def choose_solver(args, encoder):
+    """The solver that --solver names, or the default. Raises UserError for one that lacks what it works with."""
+    from util.errors import UserError
+
+    has_noise, has_memory = bool(encoder.noise.any()), len(encoder.memory) > 0
+    solver = args.solver or ("kernel" if has_memory else "linear" if has_noise else "mlp")
+    if (solver == "kernel" and not has_memory) or (solver in SOLVERS_WITH_NOISE and not has_noise):
+        kept = "memory of training frames" if solver == "kernel" else "covariance of latents"
+        raise UserError(f"{args.encoder_checkpoint_path}: does not hold the {kept} that {solver} works with, as a PAE "
+                        "trained with main_learn_*pose_encoding.py does; choose --solver mlp or simplex, or give "
+                        "--fit_noise")
+    if solver != "kernel" and args.ref_poses_file is None:
+        raise UserError(f"{solver} needs --ref_poses_file, the label file that the APR was trained on")
+    return solver
+
+
+def fit_noise(run, args, apr, encoder, scene_names):
+    """Complete a PAE on the frames of --ref_poses_file, over which the APR runs once, and write it."""
+    from engine.evaluation import compute_latents, frames_of
+    from models.checkpoints import fingerprint, save_weights
+
+    latents = compute_latents(run, apr, load_dataset(args, args.ref_poses_file, apr, scene_names))
+    encoder.fit_latents(frames_of(latents))
+    encoder.apr.copy_(fingerprint(apr))
+    completed = f"{run.prefix}_pose_encoder.pth"
+    save_weights(completed, encoder.state_dict(), about(run, "pose encoder of " + args.model_name, scene_names))
+    logging.info("Noise and memory: of %d frames of %s; the completed PAE: %s", len(latents["pose"]),
+                 args.ref_poses_file, completed)
+
+
+def test_refinement(run, args, apr, dataset, scene_names, tested, refine, encoder, leaked=False, corrected=None):
     """Run the APR over the test frames, refine its poses, and report both.
 
     refine: queries, as models.refinement.queries_of gives them -> (poses N x 7, which of the N are refined).
-    tested, leaked: as engine.report.report takes them.
+    tested, leaked: as engine.report.report takes them. encoder: the PAE, or None: no novelty then. corrected: as
+    engine.novelty.novelty_of takes it.
     """
     import torch
 
     from engine.evaluation import evaluate, milliseconds, one_thread
+    from engine.novelty import check_max_novelty, novelty_of
     from engine.report import report
     from models import infer
     from models.refinement import MIN_REFERENCES, queries_of
 
+    path = args.encoder_checkpoint_path
+    check_max_novelty(run, encoder, path)
     results = evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
     with torch.no_grad(), one_thread():
@@ -150,11 +201,13 @@ def test_refinement(run, apr, dataset, scene_names, tested, refine, leaked=False
     logging.info("Refinement: {:.3f} ms a query, {:.1f}% of the APR's time".format(
         ms_per_query, 100 * ms_per_query / results["milliseconds"].mean()))
     if not refined.all():
-        logging.info("%d frames keep the APR's pose: too few reference poses in their scene (%s need %d)",
-                     (~refined).sum(), " and ".join(SOLVERS_WITH_NOISE), MIN_REFERENCES)
+        logging.info("%d frames keep the APR's pose: too few reference poses in their scene (%s need %d) or, for "
+                     "kernel, as few of its frames in the PAE's training", (~refined).sum(),
+                     " and ".join(SOLVERS_WITH_NOISE), MIN_REFERENCES)
+    novelty = {} if encoder is None else novelty_of(run, encoder, path, results, corrected)
     results = {**results, "pose": poses.cpu(), "apr_pose": results["pose"],
                "milliseconds": results["milliseconds"] + ms_per_query,
-               "milliseconds_alone": results["milliseconds_alone"] + ms_per_query}
+               "milliseconds_alone": results["milliseconds_alone"] + ms_per_query, **novelty}
     report(run, tested, dataset, results, scene_names, leaked)
 
 

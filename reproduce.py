@@ -109,10 +109,11 @@ def check_encoder(path, solver):
     kind = describe(weights).get("kind", "no model known here")
     if not kind.endswith("PAE"):
         raise UserError(f"--encoder_checkpoint {path}: weights of {kind}, but a PAE's are needed")
-    if solver in SOLVERS_WITH_NOISE and not ("noise" in weights and weights["noise"].any()):
-        others = " or ".join(name for name in SOLVERS if name not in SOLVERS_WITH_NOISE)
-        raise UserError(f"--encoder_checkpoint {path}: does not hold the covariance of latents that {solver} works "
-                        f"with; choose --solver {others}")
+    lacks_noise = solver in SOLVERS_WITH_NOISE and not ("noise" in weights and weights["noise"].any())
+    if lacks_noise or (solver == "kernel" and not len(weights.get("memory.latents", ()))):
+        kept = "covariance of latents" if lacks_noise else "memory of training frames"
+        raise UserError(f"--encoder_checkpoint {path}: does not hold the {kept} that {solver} works with; choose "
+                        "--solver mlp or simplex")
 
 
 def test_scene(args, labels_path, scene, model, settings):

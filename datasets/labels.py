@@ -37,6 +37,7 @@ def read_labels(path, columns=COLUMNS):
 
     Raises UserError, with the file and the row, for a file that is missing, empty or no table, a missing column or
     cell, a pose that is not seven finite numbers or has a quaternion of zeros, and an image path outside the dataset.
+    Predictions that were rejected as too novel are left out, with a warning.
     """
     table, unreadable = _parse(path, columns)
     if unreadable:
@@ -197,11 +198,14 @@ def _parse(path, columns=COLUMNS):
                         + (f", separated by commas, not by {others[0]}" if others else ""))
 
     places = {column: header.index(column) for column in columns}
-    rows, unreadable = [], []
+    rows, unreadable, n_rejected = [], [], 0
     for row, line in enumerate(lines, start=2):
         if not any(line):
             continue
         cells = line + [""] * (len(header) - len(line))
+        if "rejected" in header and cells[header.index("rejected")] == "True":  # by --max_novelty
+            n_rejected += 1
+            continue
         frame, problem = _parse_frame({column: cells[place] for column, place in places.items()})
         if any(line[len(header):]):
             problem = f"{len(line)} cells, but the header has {len(header)}"
@@ -209,6 +213,8 @@ def _parse(path, columns=COLUMNS):
             unreadable.append((row, problem))
         else:
             rows.append([*frame, row])
+    if n_rejected:
+        logging.warning("%s: %d rejected frames left out: they have no pose", path, n_rejected)
     if not rows and not unreadable:
         raise UserError(f"{path}: no rows; at least one frame is needed")
     table = pd.DataFrame(rows, columns=[*columns, "row"])

@@ -58,6 +58,22 @@ def read_references(path, dataset, scene_names, num_scenes=None, allow_query_pos
     return references, torch.tensor(scene_indices(labels, names)), bool(answers)
 
 
+def check_remembered(path, poses, dataset, allow_query_poses=False):
+    """Whether poses that a PAE remembers are those of frames under test. Raises UserError for these, unless allowed.
+
+    path: of the PAE. poses: M x 7, relative to the dataset's origin. dataset: the CameraPoseDataset under test.
+    """
+    n_answers = equal_poses(poses.cpu().numpy(), dataset.poses.numpy()).sum() if len(poses) else 0
+    if not n_answers:
+        return False
+    problem = f"{n_answers} of the {len(poses)} poses that it remembers of its training are under test"
+    if not allow_query_poses:
+        raise UserError(f"{path}: {problem}: it holds the answers; train the PAE on the training labels (or give "
+                        "--allow_query_poses)")
+    logging.info("%s: %s", path, problem)
+    return True
+
+
 def _answers(path, labels, dataset):
     """Which poses of the frames under test a label file contains, in words; '' for none."""
     tested = dataset.labels

@@ -8,6 +8,7 @@ import torch
 from datasets.loaders import test_batches
 from datasets.transforms import to_input
 from models import infer
+from models.refinement import queries_of
 from util import processes
 from util.metrics import pose_err
 from util.progress import progress
@@ -79,6 +80,11 @@ def compute_latents(run, apr, dataset):
     seconds, n = time.perf_counter() - begin, len(latents["pose"])
     logging.info("Latents: %d in %.1f s (%.1f frames/s)", n, seconds, n / seconds)
     return latents
+
+
+def frames_of(latents):
+    """Frames as LatentMemory takes them, from what `compute_latents` returns: queries with 'truth', the true poses."""
+    return {**queries_of({**latents, "pose": latents["estimate"]}), "truth": latents["pose"]}
 
 
 def latent_batches(latents, batch_size, seed):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from util.files import whole_file
+from util.metrics import kept_errors
 from util.rotations import unit_poses
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,18 +26,20 @@ def draw_training(path, losses, curves, final=None):
     _save(training(np.array(losses), np.array(curves, float), final), path)
 
 
-def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None):
+def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None, novelty=None):
     """Write the pictures of a test, and return their paths.
 
-    They are <prefix>_positions.png, _errors.png, _sequences.png and _worst.png.
+    They are <prefix>_positions.png, _errors.png, _sequences.png and _worst.png and, with novelty, _novelty.png.
 
     labels: a label file's table, N rows. truth, estimate: poses N x 7. errors: (position, orientation), N each, in
     metres and degrees. frame: row's position -> PIL image. caption: above every picture. before: the errors of the APR
-    alone, where a PAE or a refinement was tested.
+    alone, where a PAE or a refinement was tested. novelty: N, where it is known.
     """
     figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]),
                "errors": cumulative(labels["scene"], errors, before),
                "sequences": sequences(labels, errors, before), "worst": worst(labels, errors, frame)}
+    if novelty is not None and np.isfinite(novelty).any():
+        figures["novelty"] = left_out(errors, novelty)
     paths = [f"{prefix}_{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
         figure.suptitle(caption, fontsize=8)
@@ -214,6 +217,23 @@ def worst(labels, errors, frame):
             axes.imshow(frame(i))
             title = f"{_short(labels['img_path'].iloc[i], 44)}\n{errors[0][i]:.2f} m, {errors[1][i]:.1f} deg"
             axes.set_title(title, fontsize=8)
+    return figure
+
+
+def left_out(errors, novelty):
+    """Mean errors of the frames that are kept, as the most novel ones are left out; beside the oracle, and chance."""
+    known = np.isfinite((novelty, *errors)).all(axis=0)
+    figure, panels = _figure(9, 4.2, 1, 2)
+    for axes, error, name, unit in zip(panels[0], errors, ("position", "orientation"), ("m", "deg")):
+        error, shares = error[known], 100 * (1 - np.arange(1, known.sum() + 1) / known.sum())
+        for score, colour, label in ((novelty[known], COLOURS[0], "the most novel frames"),
+                                     (error, COLOURS[2], "those of the largest error: the oracle")):
+            axes.plot(shares, kept_errors(error, score), color=colour, label=label)
+        axes.axhline(error.mean(), color="0.5", linestyle="--", label="any frames: chance")
+        axes.set(xlabel="frames left out [%]", ylabel=f"mean {name} error of the others [{unit}]", xlim=(0, 100),
+                 ylim=(0, None), title=f"{name.capitalize()} error")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), title="left out are")
     return figure
 
 

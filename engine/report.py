@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from datasets.labels import POSE_COLUMNS, write_labels
+from engine.novelty import RESULTS, add_columns, log_novelty
 from engine.plots import draw_test
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
@@ -47,7 +48,8 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
 
     tested: a file's name, or in words what is tested.
     results: of `evaluate`: 'pose' N x 7, 'milliseconds' N, 'milliseconds_alone' M; for multi-scene models 'scene', N
-        predicted indices; for tests of a PAE or a refinement 'apr_pose' N x 7, the APR's own.
+        predicted indices; for tests of a PAE or a refinement 'apr_pose' N x 7, the APR's own; with a PAE what
+        `novelty_of` returns.
     scene_names: as `scene_names_of` returns them. Where they are None, the label file's are taken if there are as many
         as the model has.
     leaked: whether reference poses held the answers; every line of a result then says so.
@@ -69,6 +71,10 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
         true_scenes = dataset.scenes if scene_names else np.full(len(scenes), -1)
         log_scenes(errors, scenes, true_scenes, dataset.labels["scene"].to_numpy(), scene_names)
         predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in scenes]
+    novelty, expected = (results[key].numpy() if key in results else None for key in RESULTS)
+    if novelty is not None:
+        log_novelty(errors, novelty, expected)
+    add_columns(run, predictions, results)
     if run.predictions_path:
         write_labels(run.predictions_path, predictions)
         logging.info("Predictions: %s", run.predictions_path)
@@ -76,7 +82,7 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     if leaked:
         caption += f": {LEAKED}"
     pictures = draw_test(run.prefix, dataset.labels, dataset.truth.numpy(), poses.numpy(), errors, dataset.frame,
-                         caption, apr_errors)
+                         caption, apr_errors, novelty)
     logging.info("Pictures: %s", ", ".join(pictures))
 
 
@@ -108,6 +114,7 @@ def report_images(run, names, results, scene_names=None, origin=None):
         predictions["scene_probability"] = log_distr.exp().max(dim=1).values.numpy()
         counts = predictions["predicted_scene"].value_counts()
         logging.info("Scenes: %s", ", ".join(f"{name} {n}" for name, n in counts.items()))
+    add_columns(run, predictions, {key: results[key][readable] for key in RESULTS if key in results})
     logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
     write_labels(run.predictions_path, predictions)
     logging.info("Predictions: %d poses in %s", len(names), run.predictions_path)

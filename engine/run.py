@@ -28,7 +28,7 @@ class Run:
     device: a torch.device. seed: of everything random.
     prefix: of the run's files, DIR/run_<stamp><suffix>.
     labels_file: its path, for messages and for the JSON beside weights.
-    cache_dir, predictions_path: of the options of these names, or None.
+    cache_dir, predictions_path, max_novelty: of the options of these names, or None.
     settings: of a training, what a resumed one must repeat (resume.settings_of).
     resumed: the state to resume a training from, or None.
     """
@@ -39,6 +39,7 @@ class Run:
     labels_file: str | None = None
     cache_dir: str | None = None
     predictions_path: str | None = None
+    max_novelty: float | None = None
     tensorboard: bool = False
     settings: str | None = None
     resumed: dict | None = None
@@ -63,6 +64,8 @@ def start(args, suffix="", sections=()):
             raise UserError(f"--{option} is for training; leave it out otherwise")
     if args.predictions_path:
         _check_predictions_path(args)
+    if args.max_novelty is not None and not args.predictions_path:
+        raise UserError("--max_novelty rejects poses in the file of --predictions_path; give that too")
     prefix = _start_log(args, suffix) if processes.rank() == 0 else log_nowhere()
     logging.info("Start %s with %s", args.model_name, args.mode)
     logging.info("Command: %s", " ".join(sys.argv))
@@ -76,7 +79,8 @@ def start(args, suffix="", sections=()):
     device = device_of(args.device, config["device_id"])
     _start_torch(args.seed, device)
     run = Run(config, device, seed=args.seed, prefix=processes.broadcast(prefix) + suffix, labels_file=args.labels_file,
-              cache_dir=args.cache_dir, predictions_path=args.predictions_path, tensorboard=args.tensorboard)
+              cache_dir=args.cache_dir, predictions_path=args.predictions_path, max_novelty=args.max_novelty,
+              tensorboard=args.tensorboard)
     if args.mode == "train":
         files = {name: path for name in ("labels_file", "val_labels_file", "checkpoint_path", "apr_checkpoint_path")
                  if (path := getattr(args, name, None)) is not None}
@@ -141,6 +145,9 @@ def parser(description, models, modes=("train", "test")):
     arguments.add_argument("--predictions_path", metavar="FILE.csv",
                            help="except in training: where to write the predicted poses, in tests with their errors "
                                 "(default: nowhere)")
+    arguments.add_argument("--max_novelty", metavar="X", type=float,
+                           help="with --predictions_path and a PAE: reject frames of a larger novelty, in units of a "
+                                "median training frame's; they keep their row, with an empty pose (default: none)")
     return arguments
 
 

@@ -6,12 +6,13 @@ SINGLE_SCENE_APRS = ("posenet",)
 MULTI_SCENE_APRS = ("ems-transposenet",)
 # The solvers of `main_refine_apr.py optimize`, see models/refinement.py.
 SOLVERS = (
+    "kernel",
     "linear",
     "inversion",
     "mlp",
     "simplex",
 )
-# The solvers that use all references of a scene and the noise covariance, which only PAEs trained here hold.
+# The solvers that use all references of a scene and the noise covariance, which published PAEs do not hold.
 SOLVERS_WITH_NOISE = (
     "linear",
     "inversion",

@@ -2,14 +2,18 @@
 
 Shavit & Keller, ECCV 2022, arXiv 2207.05530, section 3.
 """
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.latent_memory import LatentMemory
 from util.config import DEFAULTS
 from util.rotations import mean_quaternion, on_side_of
 
 OCTAVES = DEFAULTS["octaves"]  # of published PAEs
+_FAR = 10  # median distances from a scene's median position, as in datasets.labels: what is further is an error
 
 
 def fourier_features(values, octaves=OCTAVES):
@@ -28,8 +32,8 @@ class _PoseEncoder(nn.Module):
 
     3 (ours): positions relative to the scene's centre and scale, unit quaternions with the sign nearer to the scene's
       mean orientation. Beside these three, the file holds `noise` (2 encoder_dim x 2 encoder_dim), the covariance of
-      the APR's latents (position's, then orientation's) around the encodings of their frames' poses, and `apr`, the
-      fingerprint of that APR.
+      the APR's latents (position's, then orientation's) around the encodings of their frames' poses, `memory`, and
+      `apr`, the fingerprint of that APR.
     2 (ours, earlier): positions in metres, unit quaternions.
     1 or none (published): the APR's raw estimate, whose quaternion is not normalised.
     """
@@ -46,6 +50,7 @@ class _PoseEncoder(nn.Module):
         self.register_buffer("mean_orientation", torch.zeros(num_scenes, 4))
         self.register_buffer("noise", torch.zeros(2 * encoder_dim, 2 * encoder_dim))
         self.register_buffer("apr", torch.zeros(16, dtype=torch.uint8))  # zeros: unknown
+        self.memory = LatentMemory(2 * encoder_dim, num_scenes)
 
     @property
     def takes_unit_quaternions(self):
@@ -66,13 +71,15 @@ class _PoseEncoder(nn.Module):
             self.mean_orientation[scene] = mean_quaternion(of_scene[:, 3:])
 
     @torch.no_grad()
-    def fit_noise(self, poses, scenes, latents):
-        """Set `noise` to the covariance of latents, N x 2 encoder_dim, around the encodings of their frames' poses.
+    def fit_latents(self, frames):
+        """Set `noise` to the covariance of latents around the encodings of their frames' poses, and fit the memory.
 
-        poses: N x 7; scenes: N scene indices.
+        frames: as for LatentMemory.fit. Those whose position is far outside its scene's are left out.
         """
-        residuals = latents - torch.cat(self(poses, scenes), dim=1)
+        frames = {key: rows[_plausible(frames)] for key, rows in frames.items()}
+        residuals = frames["latents"] - torch.cat(self(frames["truth"], frames["scene"]), dim=1)
         self.noise.copy_(residuals.T @ residuals / len(residuals))
+        self.memory.fit(self, frames)
 
     def inputs(self, pose, scene):
         """Return positions and quaternions as this PAE was trained on them: N x 7, N scene indices -> N x 3, N x 4."""
@@ -85,7 +92,7 @@ class _PoseEncoder(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # Set on the instance, so that a published PAE that is saved again keeps its version.
         self._version = local_metadata.get("version") or (3 if f"{prefix}centre" in state_dict else 1)
-        for name, buffer in self.named_buffers():
+        for name, buffer in self.named_buffers(recurse=False):
             if self._version < 3 or name == "apr":  # earlier files of version 3 lack `apr`
                 state_dict.setdefault(prefix + name, buffer)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -129,6 +136,21 @@ class MultiScenePoseEncoder(_PoseEncoder):
         position, orientation, scene = (fourier_features(part, self.octaves) for part in parts)
         return (self.x_encoder(torch.cat((position, scene), dim=1)),
                 self.q_encoder(torch.cat((orientation, scene), dim=1)))
+
+
+def _plausible(frames):
+    """Which frames have a true position within _FAR median distances from their scene's median: N."""
+    plausible = torch.ones_like(frames["scene"], dtype=torch.bool)
+    for scene in frames["scene"].unique():
+        rows = frames["scene"] == scene
+        positions = frames["truth"][rows, :3]
+        distances = (positions - positions.median(dim=0).values).norm(dim=1)
+        if distances.median() > 0:  # otherwise most frames are in one place, which says nothing about the others
+            plausible[rows] = distances <= _FAR * distances.median()
+    if not plausible.all():
+        logging.info("Left out of the PAE's noise and memory: %d of %d frames, with positions far outside the rest",
+                     (~plausible).sum(), len(plausible))
+    return plausible
 
 
 def _mlp(*dims):

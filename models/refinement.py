@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import nnls
 
 from models import SOLVERS_WITH_NOISE
+from models.latent_memory import whitening
 from util.config import Config
 from util.rotations import mean_quaternion, multiply_quaternions, on_side_of, quaternion_of, unit_poses
 from util.seeds import epoch_generator
@@ -36,14 +37,18 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
 
     encoder: the PAE.
     queries: as `queries_of` returns them, N of them.
-    references: R x 7 training poses with unit quaternions. reference_scenes: R, or -1 for a scene of no query.
+    references: R x 7 training poses with unit quaternions. reference_scenes: R, or -1 for a scene of no query. kernel
+        reads neither: it takes the PAE's memory instead.
     config: for mlp and simplex, 'num_neighbors' (3) and 'refine_orientation' (None); for mlp also
         'test_optim_iterations' (3).
     seed: for mlp, whose initial weights depend on it.
 
     Returns poses N x 7 with unit quaternions, and a boolean mask N of the refined queries. The others keep the
-    APR's pose: their scene has no references or, for SOLVERS_WITH_NOISE, fewer than MIN_REFERENCES.
+    APR's pose: their scene has no references or, for SOLVERS_WITH_NOISE, fewer than MIN_REFERENCES; for kernel, the PAE
+    does not remember their scene.
     """
+    if solver == "kernel":
+        return encoder.memory.corrected(encoder, queries)
     config = Config(config)
     known = reference_scenes >= 0
     references, reference_scenes = references[known], reference_scenes[known]
@@ -129,16 +134,6 @@ def linear_estimate(latents, references, encoded, noise):
     gain = torch.linalg.solve(covariance, encoded_off.T @ poses_off / len(encoded))
     estimates = poses.mean(dim=0) + (latents.double() - encoded.mean(dim=0)) @ gain
     return unit_poses(estimates).float()
-
-
-def whitening(noise):
-    """Return the matrix W, D x D, under which distances of x @ W are Mahalanobis distances of x.
-
-    noise: D x D, the covariance. A tenth of its mean variance is added in all directions, since it may be singular.
-    """
-    noise = noise.double()
-    noise = noise + 0.1 * noise.diagonal().mean() * torch.eye(len(noise), dtype=noise.dtype, device=noise.device)
-    return torch.linalg.inv(torch.linalg.cholesky(noise)).T.float()
 
 
 def invert(encoder, latents, scene, references, encoded, noise):

@@ -72,11 +72,12 @@ def test_ms_transformer_is_compared_with_the_plain_variant_and_with_its_sketch(t
 
 def test_the_benchmark_of_refinement_continues_from_what_is_finished(tmp_path, monkeypatch, small_frames):
     labels = [write_labels(tmp_path / f"{split}.csv", write_scene(tmp_path, "attic", n, split))
-              for split, n in (("train", 20), ("test", 10))]
-    scene = tuple(map(str, (tmp_path, *labels)))
+              for split, n in (("train", 40), ("test", 10))]
+    scene = tuple(map(str, (tmp_path, labels[0], *labels)))
     commands = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(refinement, "scenes", lambda folder, real: dict.fromkeys(("room-1", "room-2", "yard-1"), scene))
+    monkeypatch.setattr(refinement, "scenes", lambda folder, real: dict.fromkeys(
+        ("room-1", "room-2", "yard-1", "excursion-1"), scene))
     monkeypatch.setattr(refinement, "run_script", lambda *command: (
         commands.append(command) or run_here(*command).splitlines()))
     monkeypatch.setattr(refinement, "RENDERED", {"mobilenet": ["n_epochs=1", "n_workers=0", "average_last=0"]})
@@ -86,12 +87,17 @@ def test_the_benchmark_of_refinement_continues_from_what_is_finished(tmp_path, m
     json_file = tmp_path / "result.json"
     arguments = ["--folder", tmp_path / "bench", "--json", json_file, "--seeds", "1", "--only", "mobilenet"]
     status, first, _ = run_module_here(refinement, *arguments)
-    assert status == 0 and len(commands) == 9  # APR, PAE and refiner of three scenes
-    [title] = [title for title in json.loads(json_file.read_text()) if title.startswith("Refinement")]
-    rows = json.loads(json_file.read_text())[title]
-    assert [row["method"] for row in rows] == 2 * refinement.METHODS and rows[0]["data"] == "rooms, MobileNetV2 x 1"
+    assert status == 0 and len(commands) == 12  # APR, PAE and refiner of four scenes
+    result = json.loads(json_file.read_text())
+    [title], [of_novelty] = ([title for title in result if title.startswith(begin)]
+                             for begin in ("Refinement", "Novelty"))
+    rows = result[title]
+    assert [row["data"] for row in result[of_novelty]] == [
+        f"{name}, MobileNetV2 x 1" for name in ("rooms", "yard", "excursion")]
+    assert all(0 <= row["AUROC of strangers"] <= 1 for row in result[of_novelty])
+    assert [row["method"] for row in rows] == 3 * refinement.METHODS and rows[0]["data"] == "rooms, MobileNetV2 x 1"
     assert all(row["position m"] > 0 and (row["method"] == "APR") == (row["change of position"] == "") for row in rows)
     (tmp_path / "bench" / "room-2-mobilenet-0" / "refiner.pth").unlink()
     again = run_module_here(refinement, *arguments)[1]
-    assert len(commands) == 10 and json.loads(json_file.read_text())[title] == rows
+    assert len(commands) == 13 and json.loads(json_file.read_text())[title] == rows
     assert "room-2-mobilenet-0/refiner.pth" in again

@@ -23,7 +23,7 @@ def short_demo(tmp_path, monkeypatch, small_frames):
 
     def run_short(*command):
         commands.append(command)
-        more = ["--frames", "4", "--width", "64"] if "datasets.synthetic_scenes" in command else []
+        more = ["--frames", "6", "--width", "64"] if "datasets.synthetic_scenes" in command else []
         return run(*command, *more, *["n_epochs=1", "n_workers=0"] * ("--set" in command))
 
     monkeypatch.setattr(demo, "run", run_short)
@@ -53,7 +53,9 @@ def test_the_demo_ends_with_its_table_and_pictures(short_demo, monkeypatch, capf
     assert len(shown) == len(commands) == 2 + (1 + rooms) + (1 + rooms) + rooms
     assert "Pose error" not in output and "[Batch" not in output
 
-    table = dict(re.findall(r"^\| ([^|]+) \| (\d+\.\d+ m \| \d+\.\d+ deg) \|$", output, flags=re.MULTILINE))
+    table = {name: f"{position} | {orientation}" for name, position, orientation in re.findall(
+        r"^\| ([^|]+) \| (\d+\.\d+ m) \| [^|]*\| (\d+\.\d+ deg) \| [^|]*\| \d+\.\d+ m, \d+\.\d+ deg \|$", output,
+        flags=re.MULTILINE)}
     assert list(table) == ["training mean", "training pose nearest to it", "APR", "PAE", "refined"]
     out = folder / "out" / f"demo-{model}"
     for name in ("APR", "PAE", "refined"):
@@ -68,5 +70,8 @@ def test_the_demo_ends_with_its_table_and_pictures(short_demo, monkeypatch, capf
         errors += list(((truth[position] - train[position].mean()) ** 2).sum(axis=1) ** 0.5)
     assert table["training mean"].startswith(f"{pd.Series(errors).median():.3f} m")
     pictures = re.findall(r"\S+\.png", output.split("\nPictures of the APR's training and of the refined poses:\n")[1])
-    assert len(pictures) == 1 + 4 * rooms
+    refined = [pd.read_csv(path) for path in out.glob("refined_room-*.csv")]
+    assert len(pictures) == 1 + sum(5 if "novelty" in table and table["novelty"].notna().any() else 4
+                                    for table in refined)
+    assert rooms == 2 or "novelty" in refined[0]
     assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)

@@ -117,7 +117,9 @@ def write_weights(path):
     path.parent.mkdir(exist_ok=True)
     if path.name.startswith("pae_"):
         model = PoseEncoder(16)
-        model.noise.copy_(torch.eye(32))
+        poses = torch.randn(40, 7)
+        model.fit_latents({"truth": poses, "pose": poses, "latents": torch.randn(40, 32),
+                           "scene": torch.zeros(40, dtype=torch.long)})
     elif path.name.startswith("posenet_mobilenet"):
         model = get_model("posenet", "none", {**SMALL, "backbone_type": "mobilenet"})
     else:

@@ -122,7 +122,7 @@ def test_frames_in_a_scene_without_references_keep_the_aprs_pose(layout, apr, pa
     (layout / "scene_of_both.csv").write_text(f"{labels}{first_in_attic}\n")
     listed = [*arguments(layout, "optimize", "scene_of_both.csv", apr, pae), 'scene_names=["attic", "cellar"]',
               "--ref_poses_file", layout / f"{references}.csv", "--predictions_path", layout / "refined.csv"]
-    for solver in SOLVERS:
+    for solver in (solver for solver in SOLVERS if solver != "kernel"):  # which takes no references
         output = run_here("main_refine_apr.py", *listed, "--solver", solver)
         table = pd.read_csv(layout / "refined.csv")
         kept = np.isclose(table[["apr_t1", "apr_t2", "apr_t3"]], table[["t1", "t2", "t3"]], atol=1e-6).all(axis=1)

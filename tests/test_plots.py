@@ -46,10 +46,11 @@ def figures(tested):
             "errors": plots.cumulative(labels["scene"], errors, before),
             "sequences": plots.sequences(labels, errors, before),
             "worst": plots.worst(labels, errors, lambda i: Image.new("RGB", (341, 256), (i, 0, 0))),
+            "novelty": plots.left_out(errors, np.append(np.nan, np.arange(39))),
             "training": plots.training(losses, curves, (1, 1))}
 
 
-@pytest.mark.parametrize("name", ["positions", "errors", "sequences", "worst", "training"])
+@pytest.mark.parametrize("name", ["positions", "errors", "sequences", "worst", "novelty", "training"])
 def test_every_axis_has_its_unit_and_nothing_is_clipped(figures, name, tmp_path):
     figure = figures[name]
     plots._save(figure, tmp_path / "picture.png")
@@ -213,3 +214,12 @@ def test_every_picture_of_a_test_says_what_was_tested(tested, monkeypatch):
     monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     plots.draw_test("run", *tested, lambda i: Image.new("RGB", (9, 9)), "apr.pth on test.csv")
     assert [figure.get_suptitle() for figure in figures] == ["apr.pth on test.csv"] * 4
+
+
+def test_the_errors_left_are_those_of_the_frames_that_are_kept():
+    position, orientation = np.array([4.0, 1, 3, 2]), np.array([10.0, 20, 30, 40])
+    figure = plots.left_out([position, orientation], np.array([8.0, 1, 2, 3]))
+    curves = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines[:2]}
+    by_novelty, oracle = curves["the most novel frames"], curves["those of the largest error: the oracle"]
+    assert by_novelty == [[75, 1], [50, 2], [25, 2], [0, 2.5]] and oracle == [[75, 1], [50, 1.5], [25, 2], [0, 2.5]]
+    assert figure.axes[1].lines[2].get_ydata()[0] == 25  # chance

@@ -106,6 +106,7 @@ def test_what_cannot_be_reproduced_is_named(dataset, printed, tmp_path):
     with_pae = [*arguments, "--encoder_checkpoint", tmp_path / "pae.pth", "--solver", "linear"]
     assert ("pae.pth: does not hold the covariance of latents that linear works with; choose --solver mlp or simplex"
             in refused(*with_pae))
+    assert "does not hold the memory of training frames that kernel works with" in refused(*with_pae[:-1], "kernel")
     with_pae[with_pae.index(tmp_path / "pae.pth")] = tmp_path / "apr.pth"
     assert "apr.pth: weights of ems-transposenet, but a PAE's are needed" in refused(*with_pae)
     assert "a checkpoint of multi-scene PAE, but an APR's is needed" in refused(*arguments[:6], tmp_path / "pae.pth")

@@ -12,6 +12,8 @@ from datasets import export_poses, prepare_7scenes, prepare_cambridge
 from datasets.official import CAMBRIDGE, SEVEN_SCENES
 from datasets.synthetic_scenes import UP, Box, Face, Scene, camera_rotation, make_room, make_yard, render, write_scene
 from datasets.synthetic_scenes import __main__ as synthetic_scenes
+from datasets.synthetic_scenes.paths import train_and_test_paths
+from datasets.synthetic_scenes.rooms import make_excursion
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 292.5
 
@@ -137,6 +139,20 @@ def test_paths_are_smooth_and_the_test_path_keeps_its_distance(tmp_path):
     for _, path in [*train.groupby("seq"), *test.groupby("seq")]:  # smooth
         steps = np.linalg.norm(np.diff(path[position].to_numpy(), axis=0), axis=1)
         assert 0 < steps.max() < 0.5 and np.abs(np.diff(steps)).max() < 0.15
+
+
+def test_an_excursion_leaves_the_trained_part_half_of_the_time():
+    scene = make_excursion(np.random.default_rng(3))
+    *training, (positions, rotations) = train_and_test_paths(scene, 40, np.random.default_rng(4))[0]
+    directions = rotations[:, :, 2]  # the optical axes
+    of_training = np.concatenate([rotations[:, :, 2] for _, rotations in training])
+    angles = np.degrees(np.arccos((directions @ of_training.T).clip(-1, 1))).min(axis=1)
+    assert angles[:18].max() < 15 and angles[22:].min() > 30
+    beyond = positions[:, 0] - max(positions[:, 0].max() for positions, _ in training)
+    assert beyond[:18].max() < 0.1 and beyond[22:].max() > 0.3
+    assert min(box.distance(positions).min() for box in scene.boxes) > 0.2
+    steps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
+    assert steps.max() < 0.8
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -1,4 +1,4 @@
-"""Pose errors, their medians, and the change of medians by refinement."""
+"""Pose errors, their medians, the change of medians by refinement, and how well a score tells large errors."""
 import numpy as np
 import torch
 
@@ -51,3 +51,26 @@ def median_errors(est_pose, gt_pose):
 def format_medians(errors):
     """Return median errors in the published form: '0.123[m], 4.567[deg]'."""
     return "{:.3f}[m], {:.3f}[deg]".format(*errors)
+
+
+def kept_errors(errors, score):
+    """Return the mean errors of the frames that are kept as those of the highest score are left out: N (arrays).
+
+    errors, score: N each. Element i is the mean over the i + 1 frames of the lowest score.
+    """
+    return np.cumsum(errors[np.argsort(score, kind="stable")]) / np.arange(1, len(errors) + 1)
+
+
+def ause(errors, score):
+    """Return the area under the sparsification error curve (Ilg et al., ECCV 2018, section 4.3), N each -> number.
+
+    It is the mean distance between the curves of `kept_errors` by score and by the errors themselves (the oracle),
+    divided by the mean error: 0 for a score that ranks frames as their errors do. Chance is `kept_errors` of all frames
+    everywhere, see `ause_of_chance`.
+    """
+    return float(np.mean(kept_errors(errors, score) - kept_errors(errors, errors)) / max(errors.mean(), 1e-12))
+
+
+def ause_of_chance(errors):
+    """Return the area under the sparsification error curve of a score that says nothing: errors N -> number."""
+    return float(1 - np.mean(kept_errors(errors, errors)) / max(errors.mean(), 1e-12))

@@ -8,12 +8,12 @@ import numpy as np
 
 from datasets.synthetic_scenes.layouts import write_scene
 from datasets.synthetic_scenes.paths import TRAIN_SEQUENCES
-from datasets.synthetic_scenes.rooms import make_room, make_yard
+from datasets.synthetic_scenes.rooms import make_excursion, make_room, make_yard
 from util import cli
 from util.errors import UserError
 from util.files import writing
 
-SCENES = {"room": make_room, "yard": make_yard}
+SCENES = {"room": make_room, "yard": make_yard, "excursion": make_excursion}
 
 
 def main():
@@ -23,8 +23,8 @@ def main():
         description="Render textured 3-D scenes with exact poses, in the layout of a dataset.")
     parser.add_argument("folder", metavar="OUT", help="the folder to write the scenes to")
     parser.add_argument("--scenes", metavar="KIND", nargs="+", choices=SCENES, default=["room", "yard"],
-                        help="scenes to render, each a room or a yard; named room-1, room-2, yard-1 ... "
-                             "(default: room yard)")
+                        help="scenes to render; named room-1, room-2, yard-1 ...; an excursion is a room whose test "
+                             "walk leaves the trained part half of the time (default: room yard)")
     parser.add_argument("--layout", choices=("7Scenes", "cambridge"), default="7Scenes", help="(default: 7Scenes)")
     parser.add_argument("--frames", metavar="N", type=int, default=120,
                         help=f"frames per sequence; a scene has {TRAIN_SEQUENCES} sequences for training and one for "

@@ -1,4 +1,4 @@
-"""The two kinds of scenes: a furnished room, and a yard between houses."""
+"""The kinds of scenes: a furnished room, one whose test walk leaves its trained part, and a yard between houses."""
 import numpy as np
 
 from datasets.synthetic_scenes.paint import Painter
@@ -35,6 +35,13 @@ def make_room(random):
                   targets=((w / 2, -0.5, 0.8), (w / 2, 0.5, 1.3)))
     scene.bake([(np.array([*lamp, h - 0.1]), (0.85, 0.81, 0.73), 2.2) for lamp in lamps], (0.5, 0.5, 0.53), reach=0.8,
                per_metre=12, ambient_rays=hemisphere(16))
+    return scene
+
+
+def make_excursion(random):
+    """A room whose test walk leaves the part that the training walks see, for half of the time."""
+    scene = make_room(random)
+    scene.excursion = 0.9, 120
     return scene
 
 

@@ -90,12 +90,14 @@ class Scene:
     faces: the visible surfaces. boxes: what casts shadows, and what a camera keeps away from.
     cameras: the lowest and the highest (x, y, z) of camera positions. targets: the same of the points that cameras look
     at.
+    excursion: metres along x and a turn in degrees, by which the test walk leaves what the training walks see.
     """
 
     faces: list
     boxes: list
     cameras: tuple
     targets: tuple
+    excursion: tuple = (0, 0)
 
     def bake(self, lamps, ambient, reach, per_metre, ambient_rays):
         """Light the faces.

@@ -1,0 +1,101 @@
+"""Which poses to believe: the novelty of frames, in tests and predictions."""
+import logging
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from datasets.labels import POSE_COLUMNS
+from engine.evaluation import milliseconds, one_thread
+from models.refinement import queries_of
+from util.errors import UserError
+from util.metrics import ause, ause_of_chance, format_medians
+
+RESULTS = ("novelty", "expected_errors")  # the keys of `novelty_of`
+TRUSTED = (0.5, 0.75, 0.9)  # shares of frames, the least novel ones
+EXPECTED = ("expected_position_error_m", "expected_orientation_error_deg")
+
+
+def novelty_of(run, encoder, encoder_path, results, corrected=False):
+    """Results of `evaluate` with the frames' novelty, and the errors to expect, where the PAE can tell.
+
+    encoder: the PAE. encoder_path: its file, for messages.
+    results: of the APR, as `models.infer` returns them, N frames.
+    corrected: whether the poses to report are those that kernel corrects, or the APR's; None for other poses, which
+        have no expected errors.
+
+    Returns {'novelty': N, 'expected_errors': N x 2}, each where there is one. Logs why not, and what it takes.
+    """
+    memory = encoder.memory
+    if not len(memory):
+        logging.info("No novelty: %s remembers no training frames. Train the PAE anew, or complete it with "
+                     "main_refine_apr.py optimize --fit_noise", encoder_path)
+        return {}
+    queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
+    with one_thread():
+        memory.novelty(encoder, {key: value[:1] for key, value in queries.items()})  # warm up
+        elapsed_ms, novelty = milliseconds(lambda: memory.novelty(encoder, queries), run.device)
+    logging.info("Novelty: {:.3f} ms a frame, {:.1f}% of the APR's time".format(
+        elapsed_ms / len(novelty), 100 * elapsed_ms / results["milliseconds"].sum()))
+    found = {"novelty": novelty.cpu()}
+    if len(memory.calibration) and corrected is not None:
+        found["expected_errors"] = memory.expected_errors(novelty)[:, 2:] if corrected else (
+            memory.expected_errors(novelty)[:, :2])
+    return found
+
+
+def check_max_novelty(run, encoder, encoder_path):
+    """Raise UserError for --max_novelty with a PAE that cannot tell novelty, or with none (None)."""
+    if run.max_novelty is not None and not (encoder and len(encoder.memory)):
+        problem = "remembers no training frames" if encoder else "does not exist"
+        raise UserError(f"--max_novelty: {encoder_path} {problem}, so it cannot tell novelty; train the PAE anew, or "
+                        "complete it with main_refine_apr.py optimize --fit_noise")
+
+
+def add_columns(run, predictions, results):
+    """Add novelty and expected errors, where there are any, to a table of predictions. Reject what is too novel.
+
+    A frame whose novelty is above run.max_novelty keeps its row, with an empty pose.
+    """
+    if "novelty" not in results:
+        return
+    predictions["novelty"] = results["novelty"].numpy()
+    if "expected_errors" in results:
+        predictions[list(EXPECTED)] = results["expected_errors"].numpy()
+    if run.max_novelty is not None:
+        predictions["rejected"] = ~(predictions["novelty"] <= run.max_novelty)  # NaN, too
+        predictions.loc[predictions["rejected"], POSE_COLUMNS] = np.nan
+        logging.info("Rejected: %d of %d frames, whose novelty is above %g; they have no pose in the predictions",
+                     predictions["rejected"].sum(), len(predictions), run.max_novelty)
+
+
+def log_novelty(errors, novelty, expected=None):
+    """Log how well novelty tells large errors from small ones, and how well expected errors agree with the true ones.
+
+    errors: (N metres, N degrees). novelty: N. expected: N x 2, or None. Arrays. Frames without novelty are left out.
+    """
+    known = np.isfinite((novelty, *errors)).all(axis=0)
+    if known.sum() < 10:
+        logging.info("Novelty: of %d frames only, too few for statistics", known.sum())
+        return
+    errors, novelty = [error[known] for error in errors], novelty[known]
+    logging.info("Novelty: median {:.2f} (a training frame's is 1), 90th percentile {:.2f}{}".format(
+        *np.quantile(novelty, (0.5, 0.9)), "" if known.all() else f"; {(~known).sum()} frames have none"))
+    logging.info("Novelty: rank correlation {:.2f} with the position error, {:.2f} with the orientation error".format(
+        *(_rank_correlation(novelty, error) for error in errors)))
+    logging.info("Novelty: AUSE {:.3f} (position), {:.3f} (orientation); 0 is the oracle, chance {:.3f} and {:.3f}"
+                 .format(*(ause(error, novelty) for error in errors), *map(ause_of_chance, errors)))
+    order = np.argsort(novelty, kind="stable")
+    for share in TRUSTED:
+        trusted = order[:max(1, round(share * len(order)))]
+        logging.info("Median pose error of the %.0f%% most trusted frames: %s", 100 * share,
+                     format_medians(np.median(error[trusted]) for error in errors))
+    if expected is not None:
+        for k, (name, unit) in enumerate((("position", "m"), ("orientation", "deg"))):
+            fifths = np.array_split(np.argsort(expected[known, k], kind="stable"), 5)
+            pairs = ", ".join(f"{expected[known, k][fifth].mean():.3g} {errors[k][fifth].mean():.3g}"
+                              for fifth in fifths)
+            logging.info("Expected and true %s error [%s], means by fifths: %s", name, unit, pairs)
+
+
+def _rank_correlation(a, b):
+    return spearmanr(a, b)[0] if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")
