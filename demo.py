@@ -82,7 +82,7 @@ def run(*command):
         if not line.startswith(hidden):
             print(line, end="", flush=True)
 
-    hidden = ("Command:", "Running with", "\t", "[Batch-", "Pose error:")
+    hidden = ("Command:", "Running with", "\t", "[Batch-", "Epoch ")
     print(f"\n$ python {shlex.join(command)}", flush=True)
     return [line for line in run_script(*command, on_line=show_line) if not line.startswith(hidden)]
 

@@ -1,17 +1,22 @@
 """Train or test an absolute pose regressor (APR), or predict the poses of one's own images."""
 import logging
+import sys
 
 from engine.run import about, parser, run_main, start
+from engine.short import in_full
 from models import APR_NAMES, MULTI_SCENE_APRS, SINGLE_SCENE_APRS
 
 
 def main():
+    if sys.argv[1:2] == ["predict"]:
+        sys.argv[1:] = in_full(sys.argv[1:])
     options = parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
     options.add_argument("--checkpoint_path", metavar="FILE.pth",
                          help="the APR's weights: to start from in training, else required (default: none in "
                               "training)")
     options.add_argument("--encoder_checkpoint_path", metavar="PAE.pth",
-                         help="in test and predict: the APR's PAE, to tell the novelty of frames (default: none)")
+                         help="in test and predict: the APR's PAE, to tell the novelty of frames and, in predict, to "
+                              "correct their poses by what it remembers of training frames (default: none)")
     options.add_argument("--as_stored", action="store_true",
                          help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
                               "upright)")
@@ -34,6 +39,7 @@ def train(run, args, apr, scene_names):
 
     from datasets.loaders import train_batches
     from engine import training
+    from engine.report import training_poses
     from util.losses import CameraPoseLoss
 
     config = run.config
@@ -59,7 +65,8 @@ def train(run, args, apr, scene_names):
         return loss, result["pose"]
 
     batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
-    training.train(run, apr, pose_loss, batches, step, about(run, args.model_name, dataset.scene_names),
+    about_weights = {**about(run, args.model_name, dataset.scene_names), "training_poses": training_poses(dataset)}
+    training.train(run, apr, pose_loss, batches, step, about_weights,
                    validate=validation(run, args, apr, scene_names or dataset.scene_names))
 
 
@@ -112,51 +119,58 @@ def test(run, args, apr, scene_names):
     """Test an APR on the frames of a label file."""
     from datasets.camera_poses import CameraPoseDataset
     from engine.evaluation import evaluate
+    from engine.novelty import novelty_of
     from engine.report import report
     from models import infer
 
     apr.eval()
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names)
     dataset.move_to(apr.origin)
-    novelty_of = load_novelty(run, args, apr)
+    encoder = load_encoder(run, args, apr)
     results = evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
-    report(run, args.checkpoint_path, dataset, {**results, **novelty_of(results)}, scene_names)
+    if encoder is not None:
+        results = {**results, **novelty_of(run, encoder, args.encoder_checkpoint_path, results)}
+    report(run, args.checkpoint_path, dataset, results, scene_names)
 
 
 def predict(run, args, apr, scene_names):
     """Predict the poses of images without labels."""
     from datasets.unlabelled import Images
     from engine.evaluation import evaluate
-    from engine.report import report_images
+    from engine.novelty import corrected
+    from engine.report import read_training_poses, report_images
     from models import infer
+    from models.checkpoints import read_about
     from util.errors import UserError, first_five
 
     apr.eval()
     images = Images(args.dataset_path, args.as_stored)
-    novelty_of = load_novelty(run, args, apr)
+    encoder = load_encoder(run, args, apr)
     results = evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
     unreadable = [images.problem(i) for i in (~results["readable"]).nonzero().squeeze(1).tolist()]
     if len(unreadable) == len(images):
         raise UserError(first_five(unreadable))
-    report_images(run, images.names, {**results, **novelty_of(results)}, scene_names, apr.origin)
+    if encoder is not None:
+        results = corrected(run, encoder, args.encoder_checkpoint_path, results)
+    trained_on = read_training_poses(read_about(args.checkpoint_path), encoder, apr.origin)
+    report_images(run, images.names, results, scene_names, apr.origin, trained_on)
     if unreadable:
         raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
 
 
-def load_novelty(run, args, apr):
-    """A function from the APR's results to what the PAE of --encoder_checkpoint_path says of them, as `novelty_of`."""
+def load_encoder(run, args, apr):
+    """The PAE of --encoder_checkpoint_path, or None without that option."""
     if args.encoder_checkpoint_path is None:
-        return lambda results: {}
-    from engine import novelty
+        return None
+    from engine.novelty import check_max_novelty
     from models import build_pose_encoder, freeze
     from models.checkpoints import check_fingerprint
 
-    path = args.encoder_checkpoint_path
-    encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
-    check_fingerprint(path, encoder.apr, apr, args.checkpoint_path)
-    novelty.check_max_novelty(run, encoder, path)
+    encoder = build_pose_encoder(args.model_name, run.config, args.encoder_checkpoint_path).to(run.device)
+    check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.checkpoint_path)
+    check_max_novelty(run, encoder, args.encoder_checkpoint_path)
     freeze(encoder)
-    return lambda results: novelty.novelty_of(run, encoder, path, results)
+    return encoder
 
 
 def check(args, config):

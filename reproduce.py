@@ -11,7 +11,8 @@ import pandas as pd
 
 from datasets.official import DATASETS
 from engine.scripts import pae_script, run_script
-from models import APR_NAMES, SINGLE_SCENE_APRS, SOLVERS, SOLVERS_WITH_NOISE
+from engine.short import known_settings
+from models import SINGLE_SCENE_APRS, SOLVERS, SOLVERS_WITH_NOISE
 from models.checkpoints import describe, read_about, read_weights
 from util import cli
 from util.errors import UserError
@@ -88,11 +89,7 @@ def parse_arguments():
 def model_of(checkpoint, scene):
     """The name of the model whose weights are tested on a scene, and the settings that its file determines."""
     path = checkpoint.replace("{scene}", scene)
-    found = describe(read_weights(path))
-    model = found.get("kind")
-    if model not in APR_NAMES:
-        held = f"a checkpoint of {model}" if model else "weights of no model known here"
-        raise UserError(f"--apr_checkpoint {path}: {held}, but an APR's is needed")
+    model, found = known_settings(path)
     if model in SINGLE_SCENE_APRS and path == checkpoint:
         raise UserError(f"--apr_checkpoint {path}: a model of one scene; give the path of each scene's with {{scene}} "
                         "in the place of its name")

@@ -43,7 +43,7 @@ class CameraPoseDataset(Frames):
         missing = [f"row {row}: image {path} does not exist"
                    for row, path in zip(self.labels["row"], self.paths, strict=True) if not os.path.isfile(path)]
         if missing:
-            raise UserError(f"{labels_file}: {first_five(missing)}")
+            raise UserError(f"{labels_file}: {first_five(missing)}{_advice(dataset_path, self.labels['img_path'])}")
         self.rows = self.labels["row"].to_numpy()
         self.truth = torch.tensor(poses_of(self.labels))
         self.origin, self.poses = torch.zeros(3, dtype=torch.double), self.truth.float()
@@ -120,3 +120,15 @@ class CameraPoseDataset(Frames):
             image = self.transform(image)
         return {"img": torch.from_numpy(np.array(image)), "pose": self.poses[row], "scene": int(self.scenes[row]),
                 "row": int(self.rows[row])}
+
+
+def _advice(dataset_path, img_paths):
+    """What folder to give instead of one that lacks the images, in words; '' where none near it has them."""
+    above = os.path.dirname(os.path.abspath(dataset_path))
+    inside = []
+    if os.path.isdir(dataset_path):
+        inside = sorted(entry.path for entry in os.scandir(dataset_path) if entry.is_dir())
+    for folder, where in ((above, "above"), *((path, "in it") for path in inside)):
+        if all(os.path.isfile(os.path.join(folder, path)) for path in img_paths.iloc[[0, -1]]):
+            return f"; paths are relative to the folder {where}: give {folder}"
+    return ""

@@ -19,7 +19,7 @@ from util.files import whole_file
 from util.progress import progress
 
 SHORTER_SIDE = 256
-_resize = Resize(SHORTER_SIDE)
+resize = Resize(SHORTER_SIDE)
 # A file of frames has the pixels of all frames, one such row per frame, the rows' CRC-32 and the mark.
 _ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _MARK = b"frames 2"
@@ -106,7 +106,7 @@ def read_frame(path, upright=False):
 
     upright: as for `read_image`. Raises UnreadableImage.
     """
-    return _resize(read_image(path, upright))
+    return resize(read_image(path, upright))
 
 
 def _decode(paths, read, n_threads):

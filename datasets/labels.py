@@ -8,13 +8,14 @@ shows: the header is row 1. Two commands check a file and fix it:
 """
 import argparse
 import csv
+import json
 import logging
 import os
 import re
 import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ POSE_COLUMNS = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
 COLUMNS = ["scene", "split", "seq", "img_path", *POSE_COLUMNS]
 UNIT_TOLERANCE = 1e-3
 OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
+UNITS = ("m", "model units")
 FAR_FACTOR = 10  # the same for the distance of the median position from the origin
 
 
@@ -49,6 +51,31 @@ def write_labels(path, table):
     """Write a DataFrame as a label file, completely or not at all. It has the DataFrame's columns without `row`."""
     with whole_file(path) as file:
         table.drop(columns="row", errors="ignore").to_csv(file, index=False, lineterminator="\n")
+
+
+def read_unit(path):
+    """The unit of a label file's positions: 'm', or 'model units' for an arbitrary one.
+
+    FILE.json, beside FILE.csv, names it; without that file it is 'm'. Raises UserError for another unit.
+    """
+    path = Path(path).with_suffix(".json")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "m"
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON, such as {{\"unit\": \"m\"}}: "
+                        f"{getattr(error, 'strerror', None) or error}") from error
+    unit = about.get("unit") if isinstance(about, dict) else None
+    if unit not in UNITS:
+        raise UserError(f"{path}: unit {json.dumps(unit)} is unknown; it must be " + " or ".join(map(json.dumps, UNITS)))
+    return unit
+
+
+def write_unit(path, unit):
+    """Write the unit of a label file's positions beside it; see read_unit."""
+    with whole_file(Path(path).with_suffix(".json")) as file:
+        file.write(json.dumps({"unit": unit}) + "\n")
 
 
 def poses_of(table):

@@ -43,6 +43,20 @@ def novelty_of(run, encoder, encoder_path, results, corrected=False):
     return found
 
 
+def corrected(run, encoder, encoder_path, results):
+    """Results of `evaluate` with poses that the PAE's memory corrects, 'apr_pose', the APR's own, and novelty.
+
+    run, encoder, encoder_path, results: as for `novelty_of`. Logs how many poses are corrected.
+    """
+    novelty = novelty_of(run, encoder, encoder_path, results, corrected=True)
+    if not novelty:
+        return results
+    queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
+    poses, known = encoder.memory.corrected(encoder, queries)
+    logging.info("Refined by %s: %d of %d poses", encoder_path, known.sum(), len(known))
+    return {**results, "apr_pose": results["pose"], "pose": poses.cpu(), **novelty}
+
+
 def check_max_novelty(run, encoder, encoder_path):
     """Raise UserError for --max_novelty with a PAE that cannot tell novelty, or with none (None)."""
     if run.max_novelty is not None and not (encoder and len(encoder.memory)):
@@ -68,11 +82,13 @@ def add_columns(run, predictions, results):
                      predictions["rejected"].sum(), len(predictions), run.max_novelty)
 
 
-def log_novelty(errors, novelty, expected=None):
+def log_novelty(errors, novelty, expected=None, note=""):
     """Log how well novelty tells large errors from small ones, and how well expected errors agree with the true ones.
 
     errors: (N metres, N degrees). novelty: N. expected: N x 2, or None. Arrays. Frames without novelty are left out.
+    note: a warning that is appended to every line of a result.
     """
+    note = f" ({note})" if note else ""
     known = np.isfinite((novelty, *errors)).all(axis=0)
     if known.sum() < 10:
         logging.info("Novelty: of %d frames only, too few for statistics", known.sum())
@@ -87,14 +103,14 @@ def log_novelty(errors, novelty, expected=None):
     order = np.argsort(novelty, kind="stable")
     for share in TRUSTED:
         trusted = order[:max(1, round(share * len(order)))]
-        logging.info("Median pose error of the %.0f%% most trusted frames: %s", 100 * share,
-                     format_medians(np.median(error[trusted]) for error in errors))
+        logging.info("Median pose error of the %.0f%% most trusted frames: %s%s", 100 * share,
+                     format_medians(np.median(error[trusted]) for error in errors), note)
     if expected is not None:
         for k, (name, unit) in enumerate((("position", "m"), ("orientation", "deg"))):
             fifths = np.array_split(np.argsort(expected[known, k], kind="stable"), 5)
             pairs = ", ".join(f"{expected[known, k][fifth].mean():.3g} {errors[k][fifth].mean():.3g}"
                               for fifth in fifths)
-            logging.info("Expected and true %s error [%s], means by fifths: %s", name, unit, pairs)
+            logging.info("Expected and true %s error [%s], means by fifths: %s%s", name, unit, pairs, note)
 
 
 def _rank_correlation(a, b):

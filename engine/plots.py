@@ -8,6 +8,7 @@ import torch
 from util.files import whole_file
 from util.metrics import kept_errors
 from util.rotations import unit_poses
+from util.units import in_unit
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # The numbers kept per epoch, under TensorBoard's names; errors are medians.
@@ -23,7 +24,7 @@ def draw_training(path, losses, curves, final=None):
     losses: one per step. curves: a row per epoch with the numbers of CURVES, NaN where no validation was. final: the
     median errors of the final weights in validation, in metres and degrees.
     """
-    _save(training(np.array(losses), np.array(curves, float), final), path)
+    save(training(np.array(losses), np.array(curves, float), final), path)
 
 
 def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None, novelty=None):
@@ -43,7 +44,7 @@ def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=No
     paths = [f"{prefix}_{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()):
         figure.suptitle(caption, fontsize=8)
-        _save(figure, path)
+        save(figure, path)
     return paths
 
 
@@ -52,7 +53,7 @@ def training(losses, curves, final=None):
     steps, rate, loss, *errors = curves.T
     epochs = np.arange(1, len(curves) + 1)
     line = {"color": COLOURS[0], "marker": "o" if len(epochs) <= 30 else None, "markersize": 3}
-    figure, panels = _figure(9, 6.4, 2, 2, sharex=True)
+    figure, panels = new_figure(9, 6.4, 2, 2, sharex=True)
     shown = slice(None, None, len(losses) // 5000 + 1)  # more points cannot be distinguished
     at = np.interp(np.arange(1, len(losses) + 1), [0, *steps], [0, *epochs])
     panels[0, 0].plot(at[shown], losses[shown], color="0.75", linewidth=0.6, label="a batch's")
@@ -98,7 +99,7 @@ def positions(scenes, truth, estimate, errors):
     # The end of plasma is too light for paper.
     plasma = LinearSegmentedColormap.from_list("", colormaps["plasma"](np.linspace(0, 0.85, 256)))
     names = sorted(set(scenes))
-    figure, panels = _figure(9.5, 4.2 * len(names), len(names), 3, width_ratios=(1, 1, 0.05))
+    figure, panels = new_figure(9.5, 4.2 * len(names), len(names), 3, width_ratios=(1, 1, 0.05))
     for row, name in zip(panels, names):
         frames = np.flatnonzero(scenes == name)
         true, found, error = truth[frames, :3], estimate[frames, :3], errors[frames]
@@ -114,7 +115,7 @@ def positions(scenes, truth, estimate, errors):
                                                norm=scale, array=error[finite], linewidths=0.6, alpha=0.6))
             points = axes.scatter(found[finite, a], found[finite, b], c=error[finite], cmap=plasma, norm=scale, s=12,
                                   label="estimated")
-            limits = [_limits(true[:, k], found[finite, k]) for k in (a, b)]
+            limits = [limits_of(true[:, k], found[finite, k]) for k in (a, b)]
             if side == "above":  # to one scale
                 half = max(high - low for low, high in limits) / 2
                 limits = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
@@ -135,7 +136,7 @@ def positions(scenes, truth, estimate, errors):
 def cumulative(scenes, errors, before=None):
     """Cumulative error curves of position and of orientation; a line per scene."""
     names = sorted(set(scenes))
-    figure, panels = _figure(9, 4.2 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
+    figure, panels = new_figure(9, 4.2 + 0.25 * len(names) * (2 if before else 1), 1, 2, sharey=True)
     for axes, k, name, unit in zip(panels[0], (0, 1), ("position", "orientation"), ("m", "deg")):
         lines = [(errors[k], "-", "")] + ([(before[k], "--", ", the APR alone")] if before else [])
         all_errors = np.concatenate([values for values, _, _ in lines])
@@ -165,7 +166,7 @@ def sequences(labels, errors, before=None):
     order = np.argsort(keys.map({key: i for i, key in enumerate(keys.unique())}).to_numpy(), kind="stable")
     keys = keys.to_numpy()[order]
     begins = np.flatnonzero(keys[1:] != keys[:-1]) + 1
-    figure, panels = _figure(9, 6, 2, 1, sharex=True, subplot_kw={"yscale": "log"})
+    figure, panels = new_figure(9, 6, 2, 1, sharex=True, subplot_kw={"yscale": "log"})
     for axes, k, name, unit in zip(panels[:, 0], (0, 1), ("position", "orientation"), ("m", "deg")):
         lines = [(errors[k], COLOURS[0], "each frame")]
         if before:
@@ -207,7 +208,7 @@ def worst(labels, errors, frame):
 
     Each row is chosen for itself, so that a frame may be in both. frame: row's position -> PIL image.
     """
-    figure, panels = _figure(9, 5.8, 2, N_WORST)
+    figure, panels = new_figure(9, 5.8, 2, N_WORST)
     keys = (labels["scene"] + "/" + labels["seq"].astype(str)).to_numpy()
     for row, k, name in zip(panels, (0, 1), ("position", "orientation")):
         for axes in row:
@@ -223,7 +224,7 @@ def worst(labels, errors, frame):
 def left_out(errors, novelty):
     """Mean errors of the frames that are kept, as the most novel ones are left out; beside the oracle, and chance."""
     known = np.isfinite((novelty, *errors)).all(axis=0)
-    figure, panels = _figure(9, 4.2, 1, 2)
+    figure, panels = new_figure(9, 4.2, 1, 2)
     for axes, error, name, unit in zip(panels[0], errors, ("position", "orientation"), ("m", "deg")):
         error, shares = error[known], 100 * (1 - np.arange(1, known.sum() + 1) / known.sum())
         for score, colour, label in ((novelty[known], COLOURS[0], "the most novel frames"),
@@ -267,7 +268,7 @@ def _worst_frames(keys, error):
     return [*apart, *(i for i in order if i not in apart)][:N_WORST]
 
 
-def _limits(*values):
+def limits_of(*values):
     """An axis' limits around values, but for those far outside."""
     values = np.concatenate(values)
     low, high = np.percentile(values, (5, 95))
@@ -293,7 +294,8 @@ def _logarithmic(axes):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _figure(width, height, n_rows, n_columns, **options):
+def new_figure(width, height, n_rows, n_columns, **options):
+    """A figure of width x height inches, and its axes, n_rows x n_columns."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -302,6 +304,11 @@ def _figure(width, height, n_rows, n_columns, **options):
     return figure, figure.subplots(n_rows, n_columns, squeeze=False, **options)
 
 
-def _save(figure, path):
+def save(figure, path):
+    """Write a figure as PNG, completely or not at all."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and "[m]" in artist.get_text()):
+        text.set_text(in_unit(text.get_text()))
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)

@@ -9,14 +9,17 @@ import torch
 from datasets.labels import POSE_COLUMNS, write_labels
 from engine.novelty import RESULTS, add_columns, log_novelty
 from engine.plots import draw_test
+from engine.prediction_plot import draw_predictions
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
+from util.log import DETAIL
 from util.metrics import changes, format_medians, pose_err
 from util.rotations import unit_poses
 
 LEAKED = "the references held the answers"
-RECALL_THRESHOLDS = ((0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
+N_POSES = 100  # of a training, that are kept beside the weights
+RECALL_THRESHOLDS = ((0.05, 5), (0.1, 1), (0.25, 2), (0.5, 5), (5, 10))  # metres, degrees
 
 
 def scene_names_of(model_name, config, checkpoint_path):
@@ -73,7 +76,7 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
         predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in scenes]
     novelty, expected = (results[key].numpy() if key in results else None for key in RESULTS)
     if novelty is not None:
-        log_novelty(errors, novelty, expected)
+        log_novelty(errors, novelty, expected, LEAKED if leaked else "")
     add_columns(run, predictions, results)
     if run.predictions_path:
         write_labels(run.predictions_path, predictions)
@@ -98,16 +101,39 @@ def to_world(poses, origin):
     return poses if origin is None else torch.cat((poses[:, :3] + origin.to(poses.device), poses[:, 3:]), dim=1)
 
 
-def report_images(run, names, results, scene_names=None, origin=None):
-    """Write the predicted poses of images without labels, and log how long they took.
+def training_poses(dataset):
+    """Up to N_POSES of a dataset's poses, evenly spaced, for the JSON beside weights: a list of [scene, 7 numbers]."""
+    chosen = np.unique(np.linspace(0, len(dataset.labels) - 1, N_POSES).round().astype(int))
+    return [[scene, *(round(number, 4) for number in pose)] for scene, pose in zip(
+        dataset.labels["scene"].iloc[chosen], dataset.truth[chosen].tolist(), strict=True)]
+
+
+def read_training_poses(about_weights, encoder, origin):
+    """Poses that an APR was trained on: M x 7, in the labels' coordinates (array).
+
+    They are those of the JSON beside its weights, as `training_poses` made them; without any, those that its PAE
+    remembers. encoder: the PAE, or None. origin: the APR's.
+    """
+    kept = about_weights.get("training_poses")
+    if kept:
+        return np.array([pose[1:] for pose in kept], float).reshape(-1, 7)
+    return np.zeros((0, 7)) if encoder is None else to_world(encoder.memory.poses, origin).cpu().numpy()
+
+
+def report_images(run, names, results, scene_names, origin, trained_on):
+    """Write the predicted poses of images without labels, draw them, and log how long they took.
 
     names: paths of the N images. results, scene_names: as for `report`; 'readable', N, says which images have a pose,
-    and for multi-scene models 'scene_log_distr' is N x num_scenes. origin: the APR's.
+    and for multi-scene models 'scene_log_distr' is N x num_scenes. origin: the APR's. trained_on: poses that it was
+    trained on, M x 7, perhaps none.
     """
     readable = results["readable"]
     names = [name for name, is_readable in zip(names, readable.tolist()) if is_readable]
     predictions = pd.DataFrame({"img_path": names})
     predictions[POSE_COLUMNS] = unit_poses(to_world(results["pose"][readable], origin)).numpy()
+    if "apr_pose" in results:
+        of_apr = unit_poses(to_world(results["apr_pose"][readable], origin)).numpy()
+        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = of_apr
     if "scene" in results:
         scenes, log_distr = results["scene"][readable], results["scene_log_distr"][readable]
         predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in scenes.numpy()]
@@ -118,6 +144,8 @@ def report_images(run, names, results, scene_names=None, origin=None):
     logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
     write_labels(run.predictions_path, predictions)
     logging.info("Predictions: %d poses in %s", len(names), run.predictions_path)
+    logging.info("Picture: %s", draw_predictions(f"{run.prefix}_predicted.png", trained_on,
+                                                 predictions[POSE_COLUMNS].to_numpy(), predictions.get("novelty")))
 
 
 def log_errors(tested, labels_file, errors, apr_errors, results, note=""):
@@ -130,7 +158,7 @@ def log_errors(tested, labels_file, errors, apr_errors, results, note=""):
     note = f" ({note})" if note else ""
     position, orientation = errors
     for frame in zip(position, orientation, results["milliseconds"].numpy()):
-        logging.info("Pose error: {:.3f}[m], {:.3f}[deg], inferred in {:.2f}[ms]".format(*frame))
+        logging.info("Pose error: {:.3f}[m], {:.3f}[deg], inferred in {:.2f}[ms]".format(*frame), extra=DETAIL)
     logging.info("Performance of %s on %s", tested, labels_file)
     if apr_errors is not None:
         logging.info("The APR's own median: %s", format_medians(map(np.median, apr_errors)))

@@ -17,6 +17,7 @@ from util.config import Config, load_config
 from util.errors import UserError
 from util.files import lock, remove_parts, same_file, writing
 from util.log import log_nowhere, log_to
+from util.units import set_unit
 
 _training = None  # the training of this process, to say how to resume it
 
@@ -66,6 +67,8 @@ def start(args, suffix="", sections=()):
         _check_predictions_path(args)
     if args.max_novelty is not None and not args.predictions_path:
         raise UserError("--max_novelty rejects poses in the file of --predictions_path; give that too")
+    _check_weights(args)
+    set_unit(_unit_of(args))
     prefix = _start_log(args, suffix) if processes.rank() == 0 else log_nowhere()
     logging.info("Start %s with %s", args.model_name, args.mode)
     logging.info("Command: %s", " ".join(sys.argv))
@@ -97,8 +100,10 @@ def start(args, suffix="", sections=()):
 
 def about(run, model, scene_names):
     """The content of the JSON beside a run's weights. scene_names: in the order of the scene indices, or None."""
+    from datasets.labels import read_unit
+
     return {"model": model, "config": run.config, "scene_names": scene_names, "labels_file": run.labels_file,
-            "seed": run.seed}
+            "seed": run.seed, "unit": read_unit(run.labels_file) if run.labels_file else "m"}
 
 
 def parser(description, models, modes=("train", "test")):
@@ -121,6 +126,10 @@ def parser(description, models, modes=("train", "test")):
     arguments.add_argument("--experiment", metavar="TEXT", help="a note for the log (default: none)")
     arguments.add_argument("--output_dir", metavar="DIR", default="out",
                            help="where logs and weights go (default: out)")
+    arguments.add_argument("--name", metavar="NAME", type=_name,
+                           help="a folder of --output_dir for this run's files (default: none)")
+    arguments.add_argument("--verbose", action="store_true",
+                           help="show what else goes to the log alone: a test's line for every frame")
     arguments.add_argument("--preset", metavar="NAME",
                            help="a preset of the config file: 7Scenes, CambridgeLandmarks or "
                                 "CambridgeLandmarks-finetune in config.json (default: none)")
@@ -163,10 +172,35 @@ def _model(names):
     return model
 
 
+def _name(text):
+    if not re.fullmatch(r"[\w.-]+", text) or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a folder's name of letters, digits, dots, - and _")
+    return text
+
+
 def _seed(text):
     if not text.isdecimal() or int(text) >= 2 ** 63:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to below 2**63")
     return int(text)
+
+
+def _check_weights(args):
+    """Raise UserError for a weights file that does not exist, before anything slow begins."""
+    for option in ("checkpoint_path", "apr_checkpoint_path", "rpr_checkpoint_path"):
+        path = getattr(args, option, None)
+        if path is not None and not os.path.exists(path):
+            raise UserError(f"{path}: no such file")
+
+
+def _unit_of(args):
+    """The unit of positions: of the label file or, in predict, of the APR's training, as the JSON beside it says."""
+    if args.labels_file != "-":
+        from datasets.labels import read_unit
+
+        return read_unit(args.labels_file)
+    from models.checkpoints import read_about
+
+    return read_about(args.checkpoint_path).get("unit", "m") if args.checkpoint_path else "m"
 
 
 def _check_predictions_path(args):
@@ -183,6 +217,8 @@ def _check_predictions_path(args):
 
 def _start_log(args, suffix):
     """Log to the screen and to DIR/run_<stamp>.log, a new file or the resumed run's; returns its path without .log."""
+    if args.name is not None:
+        args.output_dir = os.path.join(args.output_dir, args.name)
     with writing(f"--output_dir {args.output_dir}"):
         os.makedirs(args.output_dir, exist_ok=True)
         if args.resume:
@@ -195,7 +231,7 @@ def _start_log(args, suffix):
             remove_parts(f"{glob.escape(args.output_dir)}/run_*.part", older_than=60)
             prefix, log = _new_log(os.path.join(args.output_dir, time.strftime("run_%d_%m_%y_%H_%M")))
             lock(log)
-    log_to(f"{prefix}.log", log)
+    log_to(f"{prefix}.log", log, args.verbose)
     return prefix
 
 

@@ -2,6 +2,7 @@
 import logging
 import math
 import signal
+import time
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from models.checkpoints import save_weights
 from models.precision import resolve
 from util import processes, signals
 from util.errors import UserError
+from util.log import DETAIL
 from util.metrics import format_medians, median_errors, pose_err
 from util.progress import progress
 from util.seeds import mix
@@ -59,17 +61,38 @@ def train(run, model, pose_loss, batches, step, about, before_save=lambda: None,
 
     with signals.deferred() as received, curve_writer(state) as write_curves:
         with progress(total=n_steps, initial=len(state.losses), unit="batch") as bar:
+            clock = EpochClock(n_epochs - state.epoch)
             while state.epoch < n_epochs:
                 train_one_epoch(state, batches(state.epoch), parallel_step, received, bar)
                 if validate and state.epoch % config["n_freq_validate"] == 0:
                     keep_best(state, validation_errors(model, validate, config["precision"]), save)
                 write_curves()
                 save_if_due(state, save)
+                clock.log(state.epoch, n_epochs)
 
         model.precision = config["precision"]  # as in tests
         if state.average is not None:
             load_average(state, batches(n_epochs), step, received)
         finish(state, validate, save)
+
+
+class EpochClock:
+    """Logs after every epoch how long it took, and what is left."""
+
+    def __init__(self, n_epochs):
+        """n_epochs: those to come."""
+        self.begin = self.before = time.monotonic()
+        self.n_epochs, self.n_done = n_epochs, 0
+
+    def log(self, epoch, last):
+        """Log the end of an epoch. epoch: its number from 1; last: the last one's."""
+        now = time.monotonic()
+        self.n_done += 1
+        left = (now - self.begin) / self.n_done * (self.n_epochs - self.n_done)
+        logging.info("Epoch %d of %d took %.1f s; %s left", epoch, last, now - self.before,
+                     f"{left / 60:.1f} min" if left > 90 else f"{left:.0f} s",
+                     extra=DETAIL if now - self.before < 1 else None)
+        self.before = now
 
 
 def train_one_epoch(state, batches, step, received, bar):

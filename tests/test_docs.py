@@ -200,7 +200,7 @@ def run_documented(home, command):
         assert arguments == [".venv/bin/activate"]
     elif program == "pip":
         packages = (ROOT / "requirements-dev.txt").read_text().split()
-        assert arguments[0] == "install" and set(arguments[1:]) <= {*packages, "-r", "requirements.txt"}
+        assert arguments[0] == "install" and set(arguments[1:]) <= {*packages, "-r", "requirements.txt", "-e", "."}
     elif program in ("tensorboard", "ruff", "lint-imports"):
         assert (Path(sys.executable).parent / program).exists()
     elif program == "torchrun":

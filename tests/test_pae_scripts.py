@@ -119,7 +119,7 @@ def test_every_line_of_a_result_says_that_the_references_held_the_answers(layout
         "--solver", "simplex", "--allow_query_poses"]))
     results = [line for line in output.splitlines()
                if line.startswith(("Median", "Mean pose", "90th", "Recall", "Change"))]
-    assert len(results) == 9 and all(line.endswith(" (the references held the answers)") for line in results)
+    assert len(results) == 10 and all(line.endswith(" (the references held the answers)") for line in results)
 
 
 def test_the_teacher_runs_once_over_the_frames_whatever_the_paes_input(layout, apr, monkeypatch):

@@ -53,7 +53,7 @@ def figures(tested):
 @pytest.mark.parametrize("name", ["positions", "errors", "sequences", "worst", "novelty", "training"])
 def test_every_axis_has_its_unit_and_nothing_is_clipped(figures, name, tmp_path):
     figure = figures[name]
-    plots._save(figure, tmp_path / "picture.png")
+    plots.save(figure, tmp_path / "picture.png")
     width, height = Image.open(tmp_path / "picture.png").size
     assert 1000 <= width <= 1200
     box = figure.get_tightbbox()  # in inches
@@ -211,7 +211,7 @@ def test_few_frames_are_drawn_too(tmp_path, n):
 
 def test_every_picture_of_a_test_says_what_was_tested(tested, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     plots.draw_test("run", *tested, lambda i: Image.new("RGB", (9, 9)), "apr.pth on test.csv")
     assert [figure.get_suptitle() for figure in figures] == ["apr.pth on test.csv"] * 4
 

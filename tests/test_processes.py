@@ -134,8 +134,9 @@ def test_two_processes_test_every_frame_once_and_teach_the_same_pae(layout, run_
     tables, paes = [], []
     for name, run in (("one", run_here), ("two", run_in_two)):
         predictions = layout / f"{name}.csv"
-        output = run("main.py", *arguments(layout, "test", "tested", "--checkpoint_path", apr, "--predictions_path",
-                                           predictions, "--cache_dir", layout / f"cache-{name}", labels="test.csv"))
+        output = run("main.py", *arguments(
+            layout, "test", "tested", "--checkpoint_path", apr, "--predictions_path", predictions, "--cache_dir",
+            layout / f"cache-{name}", "--verbose", labels="test.csv"))
         assert len(re.findall("^Median pose error: ", output, flags=re.MULTILINE)) == 1
         assert len(re.findall("^Pose error: ", output, flags=re.MULTILINE)) == 5
         tables.append(pd.read_csv(predictions))

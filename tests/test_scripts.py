@@ -1,6 +1,7 @@
 """The scripts as a user runs them, above all main.py on a single scene."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run_here, run_script, run_well, same_weights, weights_of, write_labels, write_scene
+from conftest import (
+    ROOT,
+    fails_here,
+    run_here,
+    run_script,
+    run_well,
+    same_weights,
+    weights_of,
+    write_labels,
+    write_scene,
+)
 from PIL import Image
 
 from datasets.camera_poses import CameraPoseDataset
@@ -106,8 +117,9 @@ def test_a_seed_makes_a_training_repeatable_with_any_number_of_workers(layout):
 def test_a_test_logs_and_writes_poses_and_errors(layout, trainings):
     predictions = layout / "predictions.csv"
     output = run_well("main.py", *arguments(layout, "eval", "test.csv"), "--checkpoint_path", weights_of(trainings[0]),
-                      "--predictions_path", predictions, "--experiment", "a note")
+                      "--predictions_path", predictions, "--experiment", "a note", "--name", "first", "--verbose")
     assert "Experiment details: a note" in output
+    [log] = (layout / "out" / "first").glob("run_*.log")
     table, labels = pd.read_csv(predictions), pd.read_csv(layout / "test.csv")
     assert list(table) == [*labels, "position_error_m", "orientation_error_deg"]
     assert (table["img_path"] == labels["img_path"]).all()
@@ -119,11 +131,13 @@ def test_a_test_logs_and_writes_poses_and_errors(layout, trainings):
     lines = output.splitlines()
     of_frame = r"Pose error: [\d.]+\[m\], [\d.]+\[deg\], inferred in [\d.]+\[ms\]"
     assert sum(re.fullmatch(of_frame, line) is not None for line in lines) == 3
+    assert len(re.findall(of_frame, log.read_text())) == 3
     at = lines.index(f"Median pose error: {medians}")
     assert re.fullmatch(r"Mean inference time:\d+\.\d\d\[ms\]", lines[at + 1])
     assert lines[at + 2].startswith("Mean pose error: ") and lines[at + 3].startswith("90th percentile: ")
-    assert [line.split(":")[0] for line in lines[at + 4:at + 8]] == [
-        f"Recall at {limits}" for limits in ("0.1 m/1 deg", "0.25 m/2 deg", "0.5 m/5 deg", "5 m/10 deg")]
+    assert [line.split(":")[0] for line in lines[at + 4:at + 9]] == [
+        f"Recall at {limits}" for limits in ("0.05 m/5 deg", "0.1 m/1 deg", "0.25 m/2 deg", "0.5 m/5 deg",
+                                             "5 m/10 deg")]
     pictures = lines[-1].removeprefix("Pictures: ").split(", ")
     assert [path.rsplit("_", 1)[1] for path in pictures] == ["positions.png", "errors.png", "sequences.png",
                                                              "worst.png"]
@@ -180,3 +194,25 @@ def test_no_augment_trains_on_the_test_transform(layout, monkeypatch):
     assert all(any(torch.equal(image, centre) for image in images) for centre in centres)
     images = images_of_training()
     assert not any(any(torch.equal(image, centre) for image in images) for centre in centres)
+
+
+def test_a_label_files_unit_is_that_of_the_log_and_the_weights(layout, trainings):
+    shutil.copy(layout / "test.csv", layout / "unscaled.csv")
+    (layout / "unscaled.json").write_text('{"unit": "model units"}')
+    weights = weights_of(trainings[0])
+    output = run_here("main.py", *arguments(layout, "test", "unscaled.csv"), "--checkpoint_path", weights)
+    assert re.search(r"^Median pose error: [\d.]+\[model units\], [\d.]+\[deg\]$", output, flags=re.MULTILINE)
+    assert "[m]" not in output
+    assert json.loads(weights.with_suffix(".json").read_text())["unit"] == "m"
+    output = run_here("main.py", *arguments(layout, "test", "test.csv"), "--checkpoint_path", weights)
+    assert "[m]" in output and "model units" not in output
+
+
+def test_a_root_one_folder_too_deep_or_too_high_is_told_as_such(layout, trainings):
+    weights = weights_of(trainings[0])
+    for root, advice in ((layout / "attic", f"the folder above: give {layout}"),
+                         (layout.parent, f"the folder in it: give {layout}")):
+        listed = arguments(layout, "test", "test.csv")
+        listed[3] = root
+        status, line = fails_here("main.py", *listed, "--checkpoint_path", weights)
+        assert status == 2 and "does not exist" in line and line.endswith(advice)

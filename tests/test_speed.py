@@ -171,7 +171,7 @@ def test_a_test_in_batches_has_the_errors_of_single_frames(layout):
     folder, arguments = layout
     tables = {}
     for size in (1, 5):
-        output = run_here("main.py", *arguments("test"), f"test_batch_size={size}",
+        output = run_here("main.py", *arguments("test"), f"test_batch_size={size}", "--verbose",
                           "--checkpoint_path", folder / "apr.pth", "--predictions_path", folder / f"{size}.csv")
         tables[size] = pd.read_csv(folder / f"{size}.csv").select_dtypes("number")
         assert len([line for line in output.splitlines() if line.startswith("Pose error")]) == 7

@@ -5,20 +5,32 @@ import os
 import sys
 
 from util.files import writing
+from util.units import in_unit
+
+DETAIL = {"detail": True}  # `extra` of records that the screen shows only when it is verbose
 
 
-def log_to(path, descriptor):
+def log_to(path, descriptor, verbose=False):
     """Send log records to the screen and to an open file.
 
-    path: the file's name, for error messages; descriptor: the open file's.
+    path: the file's name, for error messages; descriptor: the open file's. verbose: show DETAIL records on the screen.
     """
     to_file, to_screen = _LogFile(path, descriptor), _Screen(sys.stdout)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen.addFilter(lambda record: record.levelno < logging.ERROR)  # util.cli prints errors to stderr
+    for handler in (to_file, to_screen):
+        handler.addFilter(_say_unit)
+    to_screen.addFilter(lambda record: verbose or not getattr(record, "detail", False))
     logging.basicConfig(level=logging.INFO, handlers=[to_file, to_screen], format="%(message)s", force=True)
     logging.captureWarnings(True)
     for library in ("matplotlib", "numexpr"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def _say_unit(record):
+    """Let a record through, with its positions in the run's unit."""
+    record.msg, record.args = in_unit(record.getMessage()), None
+    return True
 
 
 def log_nowhere():

@@ -1,0 +1,68 @@
+"""The short form of predict, which asks for nothing that the weights know.
+
+    python main.py predict PHOTOS --checkpoint_path W.pth [--predictions_path P.csv]
+"""
+import argparse
+import json
+import os
+
+from util.config import load_config
+from util.errors import UserError
+
+_CONFIG = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "config.json")
+_NOT_IN_TENSORS = ("nhead", "reduction")  # what only the JSON beside MS-Transformer's weights tells
+
+
+def in_full(arguments):
+    """The published form of the arguments of a short predict, which begin with 'predict'."""
+    parser = argparse.ArgumentParser(prog="main.py predict", description=__doc__.splitlines()[0], epilog=(
+        "All options of main.py can follow; python main.py -h lists them."))
+    parser.add_argument("photos", metavar="PHOTOS", help="a folder of images, an image, or a pattern in quotes")
+    parser.add_argument("--checkpoint_path", metavar="W.pth", required=True, help="the APR's weights")
+    parser.add_argument("--encoder_checkpoint_path", metavar="PAE.pth",
+                        help="the APR's PAE, which corrects the poses and tells their novelty (default: none)")
+    parser.add_argument("--predictions_path", metavar="P.csv", default="poses.csv",
+                        help="where the poses go (default: poses.csv)")
+    args, others = parser.parse_known_args(arguments[1:])
+    model, settings = known_settings(args.checkpoint_path, args.encoder_checkpoint_path)
+    in_full = [model, "predict", "none", args.photos, "-", _CONFIG, "--predictions_path", args.predictions_path,
+               "--checkpoint_path", args.checkpoint_path]
+    if args.encoder_checkpoint_path:
+        in_full += ["--encoder_checkpoint_path", args.encoder_checkpoint_path]
+    return [*in_full, "--set", *_overrides(settings), *others]
+
+
+def known_settings(path, encoder_path=None):
+    """What an APR's weights, and those of its PAE, determine: (the model's name, {config key: value}).
+
+    Tensors tell all but _NOT_IN_TENSORS. Raises UserError for weights of another kind, and where the backbone is
+    unknown.
+    """
+    from models import APR_NAMES
+    from models.checkpoints import describe, read_about, read_weights
+
+    settings = describe(read_weights(path))
+    model = settings.pop("kind", None)
+    if model not in APR_NAMES:
+        held = f"a checkpoint of {model}" if model else "weights of no model known here"
+        raise UserError(f"{path}: {held}, but an APR's is needed")
+    if model == "posenet" and "backbone_type" not in settings:
+        raise UserError(f"{path}: its tensors are of no backbone known here")
+    config = read_about(path).get("config")
+    for key in _NOT_IN_TENSORS:
+        if model != "posenet" and isinstance(config, dict) and key in config:
+            settings[key] = config[key]
+    if encoder_path:
+        settings = {**{key: value for key, value in describe(read_weights(encoder_path)).items() if key != "kind"},
+                    **settings}
+    return model, settings
+
+
+def config_of(model, settings):
+    """The configuration of a model: config.json's, with these settings."""
+    return load_config(_CONFIG, model, ("pose_encoder",), None, _overrides(settings))
+
+
+def _overrides(settings):
+    """Settings as --set takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
