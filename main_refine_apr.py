@@ -89,15 +89,12 @@ def train(run, args, apr, scene_names):
 
 
 def test(run, args, apr, scene_names):
-    """Test the learned refiner."""
+    """Test the learned refiner, or iAPR."""
     import torch
 
     from models import build_pose_encoder, freeze
-    from models.checkpoints import check_fingerprint
+    from models.checkpoints import check_fingerprint, describe, read_weights
 
-    refiner = load_refiner(run, args)
-    check_fingerprint(args.rpr_checkpoint_path, refiner.apr, apr, args.apr_checkpoint_path)
-    refiner.eval()
     path, encoder = args.encoder_checkpoint_path, None
     if os.path.exists(path):
         encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
@@ -105,12 +102,48 @@ def test(run, args, apr, scene_names):
         freeze(encoder)
     else:
         logging.info("No novelty: there is no PAE %s", path)
+    dataset = load_dataset(args, args.labels_file, apr, scene_names)
+    if describe(read_weights(args.rpr_checkpoint_path)).get("kind") == "iAPR":
+        test_iapr(run, args, apr, dataset, scene_names, encoder)
+        return
+    refiner = load_refiner(run, args)
+    check_fingerprint(args.rpr_checkpoint_path, refiner.apr, apr, args.apr_checkpoint_path)
+    refiner.eval()
 
     def refine(queries):
         return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)
 
-    dataset = load_dataset(args, args.labels_file, apr, scene_names)
     test_refinement(run, args, apr, dataset, scene_names, args.rpr_checkpoint_path, refine, encoder)
+
+
+def test_iapr(run, args, apr, dataset, scene_names, encoder):
+    """Test iAPR, whose checkpoint brings its own MS-Transformer and PAE. The APR gives the first pose and the scene."""
+    from engine.evaluation import evaluate
+    from engine.novelty import check_max_novelty, novelty_of
+    from engine.report import report
+    from models import freeze, infer
+    from models.checkpoints import fill, read_checkpoint
+    from models.iapr import IAPR
+    from util.errors import UserError
+
+    if args.model_name not in MULTI_SCENE_APRS:
+        raise UserError(f"{args.rpr_checkpoint_path}: iAPR refines poses of {' or '.join(MULTI_SCENE_APRS)}, not of "
+                        f"{args.model_name}")
+    path = args.encoder_checkpoint_path
+    check_max_novelty(run, encoder, path)
+    iapr = IAPR(run.config).to(run.device)
+    fill(args.rpr_checkpoint_path, iapr, read_checkpoint(args.rpr_checkpoint_path, "iAPR", run.config))
+    freeze(iapr)
+
+    def estimate(batch):
+        result = infer(apr, batch["img"])
+        return {**result, "apr_pose": result["pose"],
+                "pose": iapr.refine(batch["img"], result["scene"], result["pose"], run.config["num_iterations"])}
+
+    results = evaluate(run, estimate, dataset)
+    if encoder is not None:
+        results.update(novelty_of(run, encoder, path, {**results, "pose": results["apr_pose"]}, None))
+    report(run, args.rpr_checkpoint_path, dataset, results, scene_names)
 
 
 def optimize(run, args, apr, scene_names):

@@ -107,7 +107,8 @@ def check_fingerprint(path, kept, apr, apr_path):
 def describe(weights):
     """Return what a state dict's tensors determine: {'kind': its model, config key: value, ...}, {} if unknown.
 
-    A kind is one of APR_NAMES, 'single-scene PAE', 'multi-scene PAE', 'refiner' or 'a refiner of an earlier version'.
+    A kind is one of APR_NAMES, 'single-scene PAE', 'multi-scene PAE', 'refiner', 'iAPR' or 'a refiner of an earlier
+    version'.
     """
     for name, describe_kind in _DESCRIPTIONS.items():
         if name in weights:
@@ -169,10 +170,17 @@ def _describe_refiner(weights):
     return {"kind": "refiner", "hidden_dim": weights["hidden.0.weight"].shape[1] // 2}
 
 
+def _describe_iapr(weights):
+    inside = {key.removeprefix("mstransformer."): value for key, value in weights.items()
+              if key.startswith("mstransformer.")}
+    return {**_describe_ms_transformer(inside), "kind": "iAPR"}
+
+
 # A tensor that only one family of models has: the family's description.
 _DESCRIPTIONS = {
     "x_latent_fc.weight": _describe_posenet,
     "query_embed_t.weight": _describe_ms_transformer,
+    "rel_x_token": _describe_iapr,
     "x_encoder.0.weight": _describe_pose_encoder,
     "hidden.0.weight": _describe_refiner,
 }

@@ -5,9 +5,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run_here, weights_of, write_labels, write_scene
+from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write_scene
+from transforms3d.quaternions import qconjugate, qmult
 
+from datasets.camera_poses import CameraPoseDataset
+from datasets.transforms import to_input
 from models import SOLVERS, SOLVERS_WITH_NOISE
+from models.iapr import IAPR
+from util.config import Config, load_config
+
+POSE = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
 
 SMALL_TRANSFORMER = [f"num_{branch}_{part}_layers=1" for branch in ("t", "rot") for part in ("encoder", "decoder")]
 
@@ -132,6 +139,36 @@ def test_frames_in_a_scene_without_references_keep_the_aprs_pose(layout, apr, pa
         assert output.count("Median pose error") == 1 and "Change of the median position error: " in output
     assert "frames keep the APR's pose" in output
     assert table.loc[0, "t1":"q4"].tolist() == pytest.approx(of_apr.loc[0, "t1":"q4"].tolist(), abs=1e-5)
+
+
+def test_iapr_refines_the_aprs_poses_of_its_scene(layout, apr):
+    torch.manual_seed(0)
+    config = Config({**load_config(ROOT / "config.json", "ems-transposenet"), "num_scenes": 2,
+                     **{setting.split("=")[0]: 1 for setting in SMALL_TRANSFORMER}})
+    iapr = IAPR(config)
+    torch.save(iapr.state_dict(), layout / "iapr.pth")
+    tables = []
+    for n in (0, 1):
+        output = run_here("main_refine_apr.py", *arguments(layout, "test", "both.csv", apr, "none"),
+                          f"num_iterations={n}", "--rpr_checkpoint_path", layout / "iapr.pth",
+                          "--predictions_path", layout / "refined.csv")
+        assert "No novelty: there is no PAE none" in output and "Performance of " in output
+        tables.append(pd.read_csv(layout / "refined.csv"))
+    still, once = tables
+    of_apr = [f"apr_{column}" for column in POSE]
+    assert np.allclose(still[POSE], still[of_apr], atol=1e-5) and np.allclose(once[of_apr], still[of_apr], atol=1e-5)
+    # One step by hand, for the first frame.
+    dataset = CameraPoseDataset(layout, layout / "both.csv")
+    pose = torch.tensor(still[POSE].to_numpy()[:1], dtype=torch.float32)
+    scene = torch.tensor([["attic", "cellar"].index(still["predicted_scene"][0])])
+    with torch.no_grad():
+        relative = iapr.eval()(to_input(dataset[0]["img"][None]), scene, pose)[0].double().numpy()
+    assert once[POSE[:3]].to_numpy()[0] == pytest.approx(pose[0, :3].numpy() - relative[:3], abs=1e-4)
+    turned = qmult(pose[0, 3:].numpy(), qconjugate(relative[3:] / np.linalg.norm(relative[3:])))
+    assert abs(turned @ once[POSE[3:]].to_numpy()[0]) == pytest.approx(1, abs=1e-5)
+    status, line = fails_here("main_refine_apr.py", *arguments(layout, "test", "both.csv", apr, "none"),
+                              "num_scenes=3", "--rpr_checkpoint_path", layout / "iapr.pth")
+    assert status == 2 and "num_scenes" in line
 
 
 def test_freezing_all_but_a_branch_trains_its_heads_alone(layout):
