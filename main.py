@@ -5,6 +5,7 @@ import sys
 from engine.run import about, parser, run_main, start
 from engine.short import in_full
 from models import APR_NAMES, MULTI_SCENE_APRS, SINGLE_SCENE_APRS
+from util.errors import UserError
 
 
 def main():
@@ -21,8 +22,10 @@ def main():
                          help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
                               "upright)")
     args = options.parse_args()
+    check(args)
     run = start(args, sections=("pose_encoder",) if args.encoder_checkpoint_path else ())
-    check(args, run.config)
+    if run.config["freeze"] and args.model_name in SINGLE_SCENE_APRS:
+        raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 
     from engine.report import scene_names_of
     from models import load_apr
@@ -141,7 +144,7 @@ def predict(run, args, apr, scene_names):
     from engine.report import read_training_poses, report_images
     from models import infer
     from models.checkpoints import read_about
-    from util.errors import UserError, first_five
+    from util.errors import first_five
 
     apr.eval()
     images = Images(args.dataset_path, args.as_stored)
@@ -173,10 +176,8 @@ def load_encoder(run, args, apr):
     return encoder
 
 
-def check(args, config):
-    """Raise UserError for arguments that do not fit together."""
-    from util.errors import UserError
-
+def check(args):
+    """Raise UserError for arguments that do not fit together, before anything slow is loaded."""
     if args.mode != "train" and args.checkpoint_path is None:
         raise UserError(f"{args.mode} needs --checkpoint_path, the weights of the APR")
     if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
@@ -192,14 +193,10 @@ def check(args, config):
                         "out")
     if args.max_novelty is not None and args.encoder_checkpoint_path is None:
         raise UserError("--max_novelty needs --encoder_checkpoint_path, the APR's PAE, which tells novelty")
-    if config["freeze"] and args.model_name in SINGLE_SCENE_APRS:
-        raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 
 
 def freeze_all_but(apr, phrases):
     """Freeze the parameters whose names hold none of the phrases. Raises UserError where no head is left to train."""
-    from util.errors import UserError
-
     excluded = [phrases] if isinstance(phrases, str) else phrases
     for name, parameter in apr.named_parameters():
         parameter.requires_grad_(any(phrase in name for phrase in excluded))

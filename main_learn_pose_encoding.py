@@ -1,6 +1,7 @@
 """Train or test a camera pose auto-encoder (PAE) for a single-scene APR."""
 from engine.run import about, parser, run_main, start
 from models import SINGLE_SCENE_APRS
+from util.errors import UserError
 
 
 def main(description=__doc__, models=SINGLE_SCENE_APRS):
@@ -11,14 +12,13 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
                          help="the PAE's weights to start from in training, to test in testing (default: none in "
                               "training)")
     args = options.parse_args()
+    if args.mode == "test" and args.encoder_checkpoint_path is None:
+        raise UserError("a test needs --encoder_checkpoint_path, the weights to test")
     run = start(args, "_pose_encoder", ("pose_encoder",))
 
     from engine.report import scene_names_of
     from models import build_pose_encoder, freeze, load_apr
-    from util.errors import UserError
 
-    if args.mode == "test" and args.encoder_checkpoint_path is None:
-        raise UserError("a test needs --encoder_checkpoint_path, the weights to test")
     apr = load_apr(args.model_name, args.backbone_path, run.config, args.apr_checkpoint_path).to(run.device)
     encoder = build_pose_encoder(args.model_name, run.config, args.encoder_checkpoint_path).to(run.device)
     freeze(apr)

@@ -4,6 +4,7 @@ import os
 
 from engine.run import about, parser, run_main, start
 from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS, SOLVERS, SOLVERS_WITH_NOISE
+from util.errors import UserError
 
 
 def main():
@@ -32,17 +33,16 @@ def main():
     options.add_argument("--allow_query_poses", action="store_true",
                          help="let the references hold poses under test, as published: the result is no measurement")
     args = options.parse_args()
-    run = start(args, "_rpr", ("pose_encoder", "refiner"))
-
-    from engine.report import scene_names_of
-    from models import freeze, load_apr
-    from util.errors import UserError
-
     if args.mode == "test" and args.rpr_checkpoint_path is None:
         raise UserError("a test needs --rpr_checkpoint_path, the weights to test")
     if args.fit_noise and (args.mode != "optimize" or args.ref_poses_file is None):
         raise UserError("--fit_noise is for optimize, with --ref_poses_file, the label file that the APR was trained "
                         "on")
+    run = start(args, "_rpr", ("pose_encoder", "refiner"))
+
+    from engine.report import scene_names_of
+    from models import freeze, load_apr
+
     apr = load_apr(args.model_name, args.backbone_path, run.config, args.apr_checkpoint_path).to(run.device)
     freeze(apr)
     scene_names = scene_names_of(args.model_name, run.config, args.apr_checkpoint_path)
@@ -124,8 +124,6 @@ def test_iapr(run, args, apr, dataset, scene_names, encoder):
     from models import freeze, infer
     from models.checkpoints import fill, read_checkpoint
     from models.iapr import IAPR
-    from util.errors import UserError
-
     if args.model_name not in MULTI_SCENE_APRS:
         raise UserError(f"{args.rpr_checkpoint_path}: iAPR refines poses of {' or '.join(MULTI_SCENE_APRS)}, not of "
                         f"{args.model_name}")
@@ -180,8 +178,6 @@ def optimize(run, args, apr, scene_names):
 
 def choose_solver(args, encoder):
     """The solver that --solver names, or the default. Raises UserError for one that lacks what it works with."""
-    from util.errors import UserError
-
     has_noise, has_memory = bool(encoder.noise.any()), len(encoder.memory) > 0
     solver = args.solver or ("kernel" if has_memory else "linear" if has_noise else "mlp")
     if (solver == "kernel" and not has_memory) or (solver in SOLVERS_WITH_NOISE and not has_noise):

@@ -67,7 +67,7 @@ def start(args, suffix="", sections=()):
         _check_predictions_path(args)
     if args.max_novelty is not None and not args.predictions_path:
         raise UserError("--max_novelty rejects poses in the file of --predictions_path; give that too")
-    _check_weights(args)
+    _check_files(args)
     set_unit(_unit_of(args))
     prefix = _start_log(args, suffix) if processes.rank() == 0 else log_nowhere()
     logging.info("Start %s with %s", args.model_name, args.mode)
@@ -184,8 +184,11 @@ def _seed(text):
     return int(text)
 
 
-def _check_weights(args):
-    """Raise UserError for a weights file that does not exist, before anything slow begins."""
+def _check_files(args):
+    """Raise UserError for weights and label files that do not exist, before anything slow is loaded."""
+    for path in (args.labels_file, args.val_labels_file, getattr(args, "ref_poses_file", None)):
+        if path not in (None, "-") and not os.path.exists(path):
+            raise UserError(f"{path}: not a readable label file: No such file or directory")
     for option in ("checkpoint_path", "apr_checkpoint_path", "rpr_checkpoint_path"):
         path = getattr(args, option, None)
         if path is not None and not os.path.exists(path):

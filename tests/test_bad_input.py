@@ -209,7 +209,8 @@ CASES = {
     "test without weights": (apr(mode="test"), ["test needs --checkpoint_path"]),
     "novelty without a PAE": (apr_test("posenet.pth", more=["--max_novelty", "2", "--predictions_path", "p.csv"]),
                               ["--max_novelty needs --encoder_checkpoint_path"]),
-    "novelty without predictions": (apr_test("posenet.pth", more=["--max_novelty", "2"]), ["give that too"]),
+    "novelty without predictions": (
+        apr_test("posenet.pth", more=["--max_novelty", "2", "--encoder_checkpoint_path", "pae.pth"]), ["give that too"]),
     "novelty of ms-transposenet": (
         apr_test("ms-transposenet.pth", "ms-transposenet", more=["--encoder_checkpoint_path", "pae.pth"]),
         ["ms-transposenet returns no latents"]),
