@@ -30,6 +30,9 @@ def main():
                          help="in optimize: complete a PAE that holds no noise and no memory, such as a published one, "
                               "by one pass of the APR over the frames of --ref_poses_file, and write it beside the log "
                               "(default: off)")
+    options.add_argument("--method", choices=("refiner", "iapr"),
+                         help="what train trains: the learned refiner, or iAPR, which refines iteratively (default: "
+                              "refiner)")
     options.add_argument("--allow_query_poses", action="store_true",
                          help="let the references hold poses under test, as published: the result is no measurement")
     args = options.parse_args()
@@ -38,7 +41,11 @@ def main():
     if args.fit_noise and (args.mode != "optimize" or args.ref_poses_file is None):
         raise UserError("--fit_noise is for optimize, with --ref_poses_file, the label file that the APR was trained "
                         "on")
-    run = start(args, "_rpr", ("pose_encoder", "refiner"))
+    if args.method is not None and args.mode != "train":
+        raise UserError("--method is for train; a test knows iAPR by its weights, and optimize has --solver")
+    if args.method == "iapr" and args.model_name not in MULTI_SCENE_APRS:
+        raise UserError(f"iAPR refines poses of {' or '.join(MULTI_SCENE_APRS)}, not of {args.model_name}")
+    run = start(args, "_rpr", () if args.method == "iapr" else ("pose_encoder", "refiner"))
 
     from engine.report import scene_names_of
     from models import freeze, load_apr
@@ -46,7 +53,8 @@ def main():
     apr = load_apr(args.model_name, args.backbone_path, run.config, args.apr_checkpoint_path).to(run.device)
     freeze(apr)
     scene_names = scene_names_of(args.model_name, run.config, args.apr_checkpoint_path)
-    {"train": train, "test": test, "optimize": optimize}[args.mode](run, args, apr, scene_names)
+    mode = "iapr" if args.method == "iapr" else args.mode
+    {"train": train, "iapr": train_iapr, "test": test, "optimize": optimize}[mode](run, args, apr, scene_names)
 
 
 def train(run, args, apr, scene_names):
@@ -86,6 +94,69 @@ def train(run, args, apr, scene_names):
     with one_thread():
         training.train(run, refiner, pose_loss, latent_batches(latents, run.config["batch_size"], run.seed), step,
                        about(run, "refiner of " + args.model_name, scene_names), validate=validate)
+
+
+def train_iapr(run, args, apr, scene_names):
+    """Train iAPR, whole: relative poses from augmented images to the encoded poses of other training frames.
+
+    Its MS-Transformer begins as the APR, and its PAE as ENCODER_CHECKPOINT where that is a published one.
+    """
+    from datasets.labels import log_summary
+    from datasets.loaders import train_batches
+    from datasets.pose_pairs import PosePairs
+    from datasets.transforms import test_transform, train_transform
+    from engine import training
+    from engine.evaluation import predict, test_loader
+    from models import infer
+    from models.checkpoints import fill, read_checkpoint
+    from models.iapr import IAPR, moved_back, relative_pose
+    from util.losses import CameraPoseLoss
+
+    config = run.config
+    iapr = IAPR(config).to(run.device)
+    if args.rpr_checkpoint_path is not None:
+        fill(args.rpr_checkpoint_path, iapr, read_checkpoint(args.rpr_checkpoint_path, "iAPR", config))
+    else:
+        iapr.mstransformer.load_state_dict(apr.state_dict())
+        begin_encoder(iapr.pae, args.encoder_checkpoint_path)
+    dataset = PosePairs(args.dataset_path, args.labels_file,
+                        test_transform() if config["no_augment"] else train_transform(), config["equalize_scenes"],
+                        scene_names, run.seed, apr.origin)
+    dataset.require_scenes(config["num_scenes"], order_known=scene_names is not None)
+    log_summary(args.labels_file, dataset.labels)
+    dataset.cache_frames(args.cache_dir, config["cache_memory_gb"])
+    pose_loss = CameraPoseLoss(config).to(run.device)
+
+    def step(batch):
+        relative = iapr(batch["img"], batch["scene"], batch["other"])
+        loss = pose_loss(relative, relative_pose(batch["pose"], batch["other"]))
+        return loss, moved_back(batch["other"], relative)
+
+    validate = None
+    if args.val_labels_file is not None:
+        val_dataset = load_dataset(args, args.val_labels_file, apr, scene_names)
+
+        def refined(batch):
+            first = infer(apr, batch["img"])
+            return {"pose": iapr.refine(batch["img"], first["scene"], first["pose"], config["num_iterations"])}
+
+        def validate():
+            return predict(run, test_loader(run, val_dataset), refined, "validation")["pose"], val_dataset.poses
+
+    batches = train_batches(dataset, config["batch_size"], config["n_workers"], run.seed)
+    training.train(run, iapr, pose_loss, batches, step, about(run, "iAPR of " + args.model_name, dataset.scene_names),
+                   validate=validate)
+
+
+def begin_encoder(pae, path):
+    """Give iAPR's PAE the weights of a published one. Ours are trained on other poses, and leave it as it is."""
+    from models.checkpoints import describe, fill, read_weights
+
+    weights = read_weights(path) if os.path.exists(path) else {}
+    if describe(weights).get("kind") == "multi-scene PAE" and "scale" not in weights:
+        fill(path, pae, weights)
+    else:
+        logging.info("iAPR's PAE begins with random weights: %s is no published one", path)
 
 
 def test(run, args, apr, scene_names):

@@ -36,6 +36,15 @@ class IAPR(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
+    @property
+    def precision(self):
+        """What the networks compute in, as the APRs' `precision`."""
+        return self.mstransformer.precision
+
+    @precision.setter
+    def precision(self, precision):
+        self.mstransformer.precision = precision
+
     def forward(self, image, scene, pose):
         return self.relative(self.image_latents(image, scene), scene, pose)
 

@@ -210,7 +210,10 @@ CASES = {
     "novelty without a PAE": (apr_test("posenet.pth", more=["--max_novelty", "2", "--predictions_path", "p.csv"]),
                               ["--max_novelty needs --encoder_checkpoint_path"]),
     "novelty without predictions": (
-        apr_test("posenet.pth", more=["--max_novelty", "2", "--encoder_checkpoint_path", "pae.pth"]), ["give that too"]),
+        apr_test("posenet.pth", more=["--max_novelty", "2", "--encoder_checkpoint_path", "pae.pth"]),
+        ["give that too"]),
+    "iAPR of a single scene": (refine("--method", "iapr", mode="train"), ["iAPR refines poses of ems-transposenet"]),
+    "iAPR in a test": (refine("--method", "iapr", "--rpr_checkpoint_path", "r.pth"), ["--method is for train"]),
     "novelty of ms-transposenet": (
         apr_test("ms-transposenet.pth", "ms-transposenet", more=["--encoder_checkpoint_path", "pae.pth"]),
         ["ms-transposenet returns no latents"]),

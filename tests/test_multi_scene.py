@@ -1,5 +1,6 @@
 """Multi-scene models, their PAEs and their refinement, on small layouts of two scenes."""
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ from conftest import ROOT, fails_here, run_here, weights_of, write_labels, write
 from transforms3d.quaternions import qconjugate, qmult
 
 from datasets.camera_poses import CameraPoseDataset
+from datasets.pose_pairs import PosePairs, overlapping
 from datasets.transforms import to_input
 from models import SOLVERS, SOLVERS_WITH_NOISE
 from models.iapr import IAPR
@@ -169,6 +171,39 @@ def test_iapr_refines_the_aprs_poses_of_its_scene(layout, apr):
     status, line = fails_here("main_refine_apr.py", *arguments(layout, "test", "both.csv", apr, "none"),
                               "num_scenes=3", "--rpr_checkpoint_path", layout / "iapr.pth")
     assert status == 2 and "num_scenes" in line
+
+
+def test_iapr_learns_relative_poses_and_writes_the_published_keys(layout, apr):
+    listed = arguments(layout, "train", "both.csv", apr, "none", "--method", "iapr", "--val_labels_file",
+                       layout / "cellar_test.csv")
+    output = run_here("main_refine_apr.py", *listed, 'scene_names=["attic", "cellar"]', "n_epochs=8", "lr=1e-3",
+                      "average_last=0", "no_augment=true", "learnable=false", "s_x=1", "s_q=1")
+    losses = [float(loss) for loss in re.findall(r"running camera pose loss: (-?[\d.]+)", output)]
+    assert losses[-1] < losses[0] and output.count("Validation after epoch") == 8
+    weights = weights_of(output)
+    index = json.loads((ROOT / "tests" / "golden" / "index.json").read_text())["models"]["iapr"]["state_dict"]
+    published = {key for key in index if ".layers." not in key or ".layers.0." in key or key.startswith("rpr_")}
+    assert set(torch.load(weights)) == published
+    run_here("main_refine_apr.py", *arguments(layout, "test", "both.csv", apr, "none"), "--rpr_checkpoint_path",
+             weights, "--predictions_path", layout / "iapr.csv")
+    assert np.isfinite(pd.read_csv(layout / "iapr.csv")[POSE]).all(axis=None)
+
+
+def test_pairs_are_of_one_scene_and_near_where_any_are(layout):
+    random = np.random.default_rng(0)
+    poses = np.concatenate((random.uniform(0, 4, (200, 3)) * [1, 1, 0], np.tile((1.0, 0, 0, 0), (200, 1))), axis=1)
+    poses[::2, 3:] = 0.7, 0, 0.7, 0  # turned by a right angle
+    scenes = np.repeat([0, 1], 100)
+    for i in (3, 150):
+        others = overlapping(poses, scenes, i)
+        assert i not in others and (scenes[others] == scenes[i]).all() and 0 < len(others) < 60
+        assert all(np.linalg.norm(poses[j, :3] - poses[i, :3]) < 1.2 and j % 2 == i % 2 for j in others)
+    poses[3, :3] = 100  # with no neighbour, any other of the scene
+    assert len(overlapping(poses, scenes, 3)) == 99
+    dataset = PosePairs(layout, layout / "both.csv", seed=1)
+    others = [tuple(dataset[(epoch, 0)]["other"].tolist()) for epoch in range(20)]
+    assert len(set(others)) > 1 and others == [tuple(dataset[(epoch, 0)]["other"].tolist()) for epoch in range(20)]
+    assert all(any(np.allclose(other, pose) for pose in dataset.poses[1:6].numpy()) for other in others)
 
 
 def test_freezing_all_but_a_branch_trains_its_heads_alone(layout):
