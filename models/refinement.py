@@ -39,8 +39,8 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
     queries: as `queries_of` returns them, N of them.
     references: R x 7 training poses with unit quaternions. reference_scenes: R, or -1 for a scene of no query. kernel
         reads neither: it takes the PAE's memory instead.
-    config: for mlp and simplex, 'num_neighbors' (3) and 'refine_orientation' (None); for mlp also
-        'test_optim_iterations' (3).
+    config: for mlp and simplex, 'num_neighbors' (3), 'nearest_by' ('pose') and 'refine_orientation' (None); for mlp
+        also 'test_optim_iterations' (3).
     seed: for mlp, whose initial weights depend on it.
 
     Returns poses N x 7 with unit quaternions, and a boolean mask N of the refined queries. The others keep the
@@ -52,7 +52,7 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
     config = Config(config)
     known = reference_scenes >= 0
     references, reference_scenes = references[known], reference_scenes[known]
-    queries = {**queries, "pose": unit_poses(queries["pose"])}
+    queries = {**queries, "raw_pose": queries["pose"], "pose": unit_poses(queries["pose"])}
     if solver in SOLVERS_WITH_NOISE:
         return _solve_per_scene(solver, encoder, queries, references, reference_scenes, config)
     return _blend_nearest(solver, encoder, queries, references, reference_scenes, config, seed)
@@ -61,7 +61,9 @@ def optimize(solver, encoder, queries, references, reference_scenes, config, see
 def _blend_nearest(solver, encoder, queries, references, reference_scenes, config, seed):
     """Refine by weighted means of the references nearest to the APR's estimate: mlp and simplex."""
     poses = queries["pose"].clone()
-    nearest = nearest_references(poses, queries["scene"], references, reference_scenes, config["num_neighbors"])
+    distances = {"pose": pose_distances, "published": published_distances}[config["nearest_by"]]
+    nearest = nearest_references(queries["raw_pose"], queries["scene"], references, reference_scenes,
+                                 config["num_neighbors"], distances)
     refined = nearest[:, 0] >= 0
     rows = refined.nonzero().squeeze(1)
     neighbours = references[nearest[rows]]
@@ -268,10 +270,22 @@ def pose_distances(poses, references):
     return sum(d / d.amax(dim=1, keepdim=True).clamp(min=tiny) for d in (positions, orientations))
 
 
-def nearest_references(poses, scenes, references, reference_scenes, k):
+def published_distances(poses, references):
+    """Return the distances by which the published code looks references up: N x 7, R x 7 -> N x R.
+
+    They are `pose_distances`, but of the APR's quaternions as they are, whose norms of 40 and more make the distances
+    of orientations to all references nearly the same.
+    """
+    parts = (torch.cdist(poses[:, part], references[:, part], compute_mode="donot_use_mm_for_euclid_dist")
+             for part in (slice(3), slice(3, 7)))
+    return sum(d / d.amax(dim=1, keepdim=True).clamp(min=torch.finfo(poses.dtype).tiny) for d in parts)
+
+
+def nearest_references(poses, scenes, references, reference_scenes, k, distances=pose_distances):
     """Return the rows of the k nearest references of the same scene: N x k, nearest first.
 
-    poses: N x 7; scenes: N; references: R x 7; reference_scenes: R. If a scene has fewer than k references, they
+    poses: N x 7; scenes: N; references: R x 7; reference_scenes: R. distances: how far they are, poses, references ->
+    N x R. If a scene has fewer than k references, they
     repeat. If it has none, the rows are -1.
     """
     nearest = torch.full((len(poses), k), -1, device=poses.device)
@@ -281,7 +295,6 @@ def nearest_references(poses, scenes, references, reference_scenes, k):
         if n_nearest == 0:
             continue
         for queries in (scenes == scene).nonzero().squeeze(1).split(CHUNK):
-            distances = pose_distances(poses[queries], references[candidates])
-            found = candidates[distances.topk(n_nearest, largest=False).indices]
+            found = candidates[distances(poses[queries], references[candidates]).topk(n_nearest, largest=False).indices]
             nearest[queries] = found[:, torch.arange(k, device=poses.device) % n_nearest]
     return nearest

@@ -68,7 +68,8 @@ KEYS = {
     "shallow_mlp": _FLAG, "apply_positional_encoding": _FLAG, "octaves": _COUNT,
     "pae_input": _choice("estimated", "true"),
     # refinement
-    "num_neighbors": _COUNT, "test_optim_iterations": _COUNT_OR_0, "num_iterations": _COUNT_OR_0,
+    "num_neighbors": _COUNT, "nearest_by": _choice("pose", "published"),
+    "test_optim_iterations": _COUNT_OR_0, "num_iterations": _COUNT_OR_0,
     "refine_orientation": _choice(None, "affine", "eigen"),
     "single_scene": _FLAG,  # a key of the published refinement, which nothing reads here
 }
@@ -87,7 +88,8 @@ DEFAULTS = {
     # PAEs
     "shallow_mlp": False, "apply_positional_encoding": True, "octaves": 6, "pae_input": "estimated",
     # refinement
-    "num_neighbors": 3, "test_optim_iterations": 3, "num_iterations": 3, "refine_orientation": None,
+    "num_neighbors": 3, "nearest_by": "pose", "test_optim_iterations": 3, "num_iterations": 3,
+    "refine_orientation": None,
 }
 
 
