@@ -157,7 +157,7 @@ def run_module(home, name, arguments):
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.__main__")
-    if name.startswith(("bench.", "tests.")):
+    if name.startswith(("bench.", "tests.", "models.download")):
         assert_parses(module.main, arguments)
         return
     if name == "datasets.synthetic_scenes":
