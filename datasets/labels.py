@@ -68,7 +68,8 @@ def read_unit(path):
                         f"{getattr(error, 'strerror', None) or error}") from error
     unit = about.get("unit") if isinstance(about, dict) else None
     if unit not in UNITS:
-        raise UserError(f"{path}: unit {json.dumps(unit)} is unknown; it must be " + " or ".join(map(json.dumps, UNITS)))
+        known = " or ".join(map(json.dumps, UNITS))
+        raise UserError(f"{path}: unit {json.dumps(unit)} is unknown; it must be {known}")
     return unit
 
 

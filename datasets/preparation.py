@@ -1,15 +1,27 @@
-"""What prepare_7scenes and prepare_cambridge share: arguments, scenes from folders or archives, and label files."""
-import argparse
-import sys
-from pathlib import Path
+"""What the prepare commands share.
 
+prepare_7scenes and prepare_cambridge: arguments, scenes from folders or archives, and label files. prepare_colmap and
+prepare_photos: the split, the scale, the label files and the next commands of a scene of one's own.
+"""
+import argparse
+import shlex
+import sys
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 import pandas as pd
+from scipy.ndimage import binary_dilation
 
 from datasets.archives import unpack, unpack_inner
 from datasets.downloads import download
-from datasets.labels import write_labels
+from datasets.labels import COLUMNS, natural_key, to_number, write_labels, write_unit
 from datasets.text_files import reading
 from util.errors import UserError
+
+NO_FOLDER = "seq-01"  # the sequence of images outside any folder
+N_STRETCHES, TEST_STRETCH = 10, 5  # of ten stretches of images every fifth is for testing
+GAP = 0.02  # of the images, between a training and a test stretch
 
 
 def parse_arguments(module, dataset, flags=None):
@@ -120,3 +132,137 @@ def _ask_for_consent(dataset, scenes, yes):
         answer = ""
     if answer.strip().lower() not in ("y", "yes"):
         raise UserError("--download: nothing is downloaded unless you agree to the licence; answer y, or add --yes")
+
+
+def add_split(parser):
+    """Add --every to a parser."""
+    parser.add_argument("--every", metavar="N", type=_every,
+                        help=f"every N-th image of a sequence is for testing (default: the images, in the order of "
+                             f"their names, are cut into {N_STRETCHES} stretches; every fifth is for testing, and "
+                             f"images next to it are left out)")
+
+
+def add_scale_by(parser):
+    """Add --scale_by to a parser."""
+    parser.add_argument("--scale_by", metavar=("IMG_A", "IMG_B", "METRES"), nargs=3,
+                        help="two images and the distance in metres between the places that they were taken from, to "
+                             "scale the model by (default: positions have the model's unit)")
+
+
+def _every(text):
+    """The value of --every."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 2")
+    return int(text)
+
+
+def check_scene_name(flag, name, folder):
+    """The scene's name: that of the folder without `name`, which `flag` gave. Raises UserError for an unusable one."""
+    name = Path(folder).resolve().name if name is None else name
+    if not name.strip() or "/" in name:
+        raise UserError(f"{flag} '{name}': not a scene's name; it becomes part of the files' names")
+    return name
+
+
+def metres_of(scale_by):
+    """The distance in metres of --scale_by, (image, image, text). Raises UserError for a text that is none."""
+    with suppress(ValueError):
+        if 0 < to_number(scale_by[2]) < float("inf"):
+            return to_number(scale_by[2])
+    raise UserError(f"--scale_by: '{scale_by[2]}' is no distance in metres; give a number above 0")
+
+
+def scale_between(frames, scale_by):
+    """Metres per unit of frames, a list of (image name, pose), by --scale_by, (image, image, metres as text).
+
+    Raises UserError for an image that is not among the frames, and for a distance that gives no scale.
+    """
+    image_a, image_b, _ = scale_by
+    positions = dict(frames)
+    for image in (image_a, image_b):
+        if image not in positions:
+            raise UserError(f"--scale_by {image}: not among the {len(frames)} images that the model has placed, such "
+                            f"as {min(positions, key=natural_key)}")
+    in_model = np.linalg.norm(np.subtract(positions[image_a][:3], positions[image_b][:3]))
+    extent = np.linalg.norm(np.ptp([pose[:3] for _, pose in frames], axis=0))
+    if in_model <= 1e-3 * extent:  # the model's own error may be as large
+        raise UserError(f"--scale_by {image_a} {image_b}: the two were taken from one place; give two images that are "
+                        f"far apart")
+    return metres_of(scale_by) / in_model
+
+
+def scaled(frames, scale):
+    """Frames, a list of (image name, pose), with their positions multiplied by a number."""
+    return [(name, [*(scale * x for x in pose[:3]), *pose[3:]]) for name, pose in frames]
+
+
+def label_table(frames, scene, split):
+    """The labels of a scene: a DataFrame with labels.COLUMNS, in the order of sequences and frames.
+
+    frames: a list of (image name, pose of 7 numbers).
+    split: a function from the frames' sequences, in that order, to 'train', 'test' or '' (left out) for each.
+    """
+    ordered = sorted(((sequence_of(name), name, pose) for name, pose in frames),
+                     key=lambda frame: (natural_key(frame[0]), natural_key(frame[1])))
+    splits = split([sequence for sequence, _, _ in ordered])
+    return pd.DataFrame([[scene, part, sequence, name, *pose]
+                         for part, (sequence, name, pose) in zip(splits, ordered, strict=True)], columns=COLUMNS)
+
+
+def sequence_of(name):
+    """The sequence of an image: its folder."""
+    folder = str(PurePosixPath(name).parent)
+    return NO_FOLDER if folder == "." else folder
+
+
+def split_stretches(sequences):
+    """'train', 'test', or '' for left out, of each frame: whole stretches are for testing.
+
+    A test frame between two training frames would be near to both, and the errors smaller than on another walk. So
+    stretches are apart, and training frames next to a test stretch are left out.
+    """
+    n = len(sequences)
+    is_test = np.arange(n) * N_STRETCHES // n % TEST_STRETCH == TEST_STRETCH - 1
+    near_test = binary_dilation(is_test, iterations=max(round(GAP * n), 1))
+    return np.where(is_test, "test", np.where(near_test, "", "train")).tolist()
+
+
+def split_every(sequences, every):
+    """'train' or 'test' of each frame: every N-th frame of a sequence is for testing."""
+    numbers = pd.Series(sequences).groupby(sequences).cumcount() + 1
+    return np.where(numbers % every == 0, "test", "train").tolist()
+
+
+def write_scene(model, labels_path, scene, table, unit):
+    """Write the label files of a scene, <scene>_train.csv and <scene>_test.csv, and their unit. Prints what is written.
+
+    model: where the poses are from, for messages. table: that of label_table. unit: see labels.read_unit.
+    """
+    for split in ("train", "test"):
+        if split not in set(table["split"]):
+            raise UserError(f"{model}: none of the {len(table)} registered images is in the {split} split; choose "
+                            f"another split, such as --every 2")
+    for split in ("train", "test"):
+        path = Path(labels_path) / f"{scene}_{split}.csv"
+        rows = table[table["split"] == split]
+        write_labels(path, rows)
+        write_unit(path, unit)
+        print(f"{path}: {len(rows)} frames, positions in {'metres' if unit == 'm' else unit}")
+    n_left_out = (table["split"] == "").sum()
+    if n_left_out:
+        print(f"{n_left_out} frames between training and test stretches are left out of both")
+
+
+def next_commands(images, labels_path, scene):
+    """The commands that train an APR and its PAE on a scene and refine its test poses, as text to paste."""
+    out = f"out/{shlex.quote(scene)}"
+    train, test = (shlex.quote(str(Path(labels_path) / f"{scene}_{split}.csv")) for split in ("train", "test"))
+    images, setting = shlex.quote(str(images)), "--set backbone_type=mobilenet"
+    apr, pae = f"{out}_apr/run_*_final.pth", f"{out}_pae/run_*_final.pth"  # the shell finds the stamps
+    return "\n".join([
+        "Next:",
+        f"python main.py posenet train imagenet {images} {train} config.json {setting} --output_dir {out}_apr",
+        f"python main_learn_pose_encoding.py posenet train none {images} {train} config.json {apr} {setting} "
+        f"--output_dir {out}_pae",
+        f"python main_refine_apr.py posenet optimize none {images} {test} config.json {apr} {pae} {setting} "
+        f"--output_dir {out}_refined"])

@@ -1,10 +1,12 @@
 """Label files of your own scene, from a COLMAP model (https://colmap.github.io/format.html).
 
-    python -m datasets.prepare_colmap MODEL LABELS [--test_sequences seq2 ... | --every N]
+    python -m datasets.prepare_colmap MODEL LABELS [--images DIR] [--test_sequences seq2 ... | --every N]
+                                      [--scale_by IMG_A IMG_B METRES]
 
-MODEL is the folder of a model, text or binary, such as sparse/0. LABELS gets <scene>_train.csv and <scene>_test.csv
-with the registered images (COLMAP writes no others): the camera's centre, in the model's unit, and the camera-to-world
-quaternion, scalar first and not negative. Images have their names in the model.
+MODEL is the folder of a model, text or binary, or a folder with one in `0`, `sparse` or `sparse/0`. LABELS gets
+<scene>_train.csv and <scene>_test.csv with the registered images (COLMAP writes no others): the camera's centre, in the
+model's unit or in metres, and the camera-to-world quaternion, scalar first and not negative. Images have their names in
+the model. <scene>_train.json and <scene>_test.json say the unit.
 """
 import argparse
 import os
@@ -15,17 +17,28 @@ import tempfile
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import pandas as pd
 from transforms3d.quaternions import mat2quat, quat2mat
 
-from datasets.labels import COLUMNS, natural_key, to_number, write_labels
+from datasets.labels import natural_key, to_number
+from datasets.preparation import (
+    add_scale_by,
+    add_split,
+    check_scene_name,
+    label_table,
+    next_commands,
+    scale_between,
+    scaled,
+    sequence_of,
+    split_every,
+    split_stretches,
+    write_scene,
+)
 from datasets.text_files import reading
 from util import cli
 from util.errors import UserError, first_five
 from util.files import writing
 
-DEFAULT_EVERY = 8
-NO_FOLDER = "seq-01"  # the sequence of images outside any folder
+MODEL_FILES = ("cameras", "images", "points3D")
 TEXT_FILES = ("cameras", "rigs", "frames", "points3D")  # beside images.txt
 UNIT_TOLERANCE = 0.01  # of a quaternion's norm, to tell a line of an image from a line of points
 
@@ -38,12 +51,11 @@ def read_model(folder):
     without a finite pose or outside the dataset's folder, and an image that is listed twice.
     """
     folder = Path(folder)
-    suffixes = [suffix for suffix in (".bin", ".txt")
-                if all((folder / f"{kind}{suffix}").is_file() for kind in ("cameras", "images", "points3D"))]
-    if not suffixes:
+    suffix = _model_suffix(folder)
+    if suffix is None:
         raise UserError(f"{folder}: no COLMAP model; give the folder of its cameras, images and points3D, all .bin or "
                         f"all .txt, such as sparse/0")
-    if suffixes[0] == ".bin":
+    if suffix == ".bin":
         for kind in ("rigs", "frames", "images", "points3D"):
             if (folder / f"{kind}.bin").exists():
                 _check_whole(folder / f"{kind}.bin")
@@ -56,25 +68,27 @@ def read_model(folder):
     return [(name, _camera_pose(quaternion, translation)) for _, name, quaternion, translation in images]
 
 
-def label_table(frames, scene, is_test):
-    """The labels of a scene: a DataFrame with labels.COLUMNS, in the order of sequences and frames.
-
-    frames: a list of (image name, pose of 7 numbers).
-    is_test: a function of (sequence, number of the frame within it, from 1): whether the frame is for testing.
-    """
-    rows, counts = [], {}
-    for sequence, name, pose in sorted(((_sequence(name), name, pose) for name, pose in frames),
-                                       key=lambda frame: (natural_key(frame[0]), natural_key(frame[1]))):
-        counts[sequence] = counts.get(sequence, 0) + 1
-        split = "test" if is_test(sequence, counts[sequence]) else "train"
-        rows.append([scene, split, sequence, name, *pose])
-    return pd.DataFrame(rows, columns=COLUMNS)
+def find_model(folder):
+    """The folder of the model at or below a folder: itself, or `0`, `sparse` or `sparse/0` in it; else itself."""
+    places = (Path(folder, below) for below in ("", "0", "sparse", "sparse/0"))
+    return next((place for place in places if _model_suffix(place)), Path(folder))
 
 
-def _sequence(name):
-    """The sequence of an image: its folder."""
-    folder = str(PurePosixPath(name).parent)
-    return NO_FOLDER if folder == "." else folder
+def check_images_exist(folder, names):
+    """Raise UserError for images that a folder lacks. names: the images' paths in it."""
+    if not os.path.isdir(folder):
+        raise UserError(f"--images {folder}: no such folder; give the one that the images' names are relative to")
+    missing = [name for name in sorted(names, key=natural_key) if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        shown = ", ".join([*missing[:5], *([f"and {len(missing) - 5} more"] if len(missing) > 5 else [])])
+        raise UserError(f"--images {folder}: {len(missing)} of the model's {len(names)} images do not exist in it: "
+                        f"{shown}; give the folder that the images' names are relative to")
+
+
+def _model_suffix(folder):
+    """The suffix of the model's files in a folder, .bin or .txt, or None without a model."""
+    return next((suffix for suffix in (".bin", ".txt")
+                 if all((folder / f"{kind}{suffix}").is_file() for kind in MODEL_FILES)), None)
 
 
 def _registered_images(folder, copy):
@@ -246,51 +260,58 @@ def _check_whole(path):
         raise UserError(f"{path}: a truncated or damaged file of a COLMAP model")
 
 
-def _every(text):
-    """The value of --every."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 2")
-    return int(text)
-
-
-def main():
-    """Write the label files that the command line asks for."""
+def parse_arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m datasets.prepare_colmap",
                                      description="Turn a COLMAP model into label files.")
-    parser.add_argument("model", metavar="MODEL", help="the model's folder, such as sparse/0")
+    parser.add_argument("model", metavar="MODEL", help="the model's folder, such as sparse/0, or one above it")
     parser.add_argument("labels_path", metavar="LABELS",
                         help="the folder to write <scene>_train.csv and <scene>_test.csv to")
     parser.add_argument("--scene", metavar="NAME", help="the scene's name (default: that of the LABELS folder)")
+    parser.add_argument("--images", metavar="DIR",
+                        help="the folder that the images' names are relative to, to check that all exist (default: do "
+                             "not look for images)")
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--test_sequences", metavar="NAME", nargs="+",
                        help="the folders, in the images' names, whose images are for testing (default: none, see "
                             "--every)")
-    split.add_argument("--every", metavar="N", type=_every, default=DEFAULT_EVERY,
-                       help=f"every N-th image of a sequence is for testing (default: {DEFAULT_EVERY})")
-    args = parser.parse_args()
-    scene = Path(args.labels_path).resolve().name if args.scene is None else args.scene
-    if not scene.strip() or "/" in scene:
-        raise UserError(f"--scene '{scene}': not a scene's name; it becomes part of the files' names")
+    add_split(split)
+    add_scale_by(parser)
+    return parser.parse_args()
 
-    frames = read_model(args.model)
+
+def main():
+    """Write the label files that the command line asks for."""
+    args = parse_arguments()
+    scene = check_scene_name("--scene", args.scene, args.labels_path)
+    folder = find_model(args.model)
+    frames = read_model(folder)
+    if folder != Path(args.model):
+        print(f"{folder}: the model that is read")
+    if args.images is not None:
+        check_images_exist(args.images, [name for name, _ in frames])
+    if args.scale_by is not None:
+        frames = scaled(frames, scale_between(frames, args.scale_by))
+
+    split = split_stretches
     if args.test_sequences:
-        sequences = sorted({_sequence(name) for name, _ in frames}, key=natural_key)
+        found = sorted({sequence_of(name) for name, _ in frames}, key=natural_key)
         for name in args.test_sequences:
-            if name not in sequences:
-                raise UserError(f"--test_sequences {name}: no such sequence in {args.model}; "
-                                f"it has {', '.join(sequences)}")
-        table = label_table(frames, scene, lambda sequence, number: sequence in args.test_sequences)
-    else:
-        table = label_table(frames, scene, lambda sequence, number: number % args.every == 0)
-    for split in ("train", "test"):
-        if split not in set(table["split"]):
-            raise UserError(f"{args.model}: none of the {len(table)} registered images is in the {split} split; choose "
-                            f"other --test_sequences, or another N for --every")
-    for split in ("train", "test"):
-        path = Path(args.labels_path) / f"{scene}_{split}.csv"
-        rows = table[table["split"] == split]
-        write_labels(path, rows)
-        print(f"{path}: {len(rows)} frames")
+            if name not in found:
+                raise UserError(f"--test_sequences {name}: no such sequence in {folder}; it has {', '.join(found)}")
+
+        def split(sequences):
+            return ["test" if sequence in args.test_sequences else "train" for sequence in sequences]
+    elif args.every is not None:
+        def split(sequences):
+            return split_every(sequences, args.every)
+    write_scene(folder, args.labels_path, scene, label_table(frames, scene, split),
+                "model units" if args.scale_by is None else "m")
+    if args.scale_by is None:
+        print("Positions are in the model's unit; --scale_by turns them into metres")
+    if args.images is None:
+        print("IMAGES below is the folder that the images' names are relative to")
+    print(next_commands(args.images or "IMAGES", args.labels_path, scene))
 
 
 if __name__ == "__main__":

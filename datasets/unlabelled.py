@@ -28,7 +28,7 @@ class Images(Frames):
         images: a folder, which is searched with its subfolders; an image; or a pattern as in a shell.
         as_stored: leave images with an EXIF orientation as stored (default: turn them upright).
         """
-        found, left_out = _find_images(images)
+        found, left_out = find_images(images)
         if left_out:
             logging.info("Left out of %s: %s", images, left_out)
         if not found:
@@ -73,7 +73,7 @@ class Images(Frames):
         return f"image {self.paths[i]} cannot be read (it could not be before; it has changed)"
 
 
-def _find_images(images):
+def find_images(images):
     """The image files of a folder, a file or a pattern, and in words what else a folder holds ('' for nothing)."""
     if os.path.isdir(images):
         files = glob.glob(os.path.join(glob.escape(images), "**", "*"), recursive=True, include_hidden=True)

@@ -107,8 +107,8 @@ def test_a_visloc_name_is_the_end_of_a_path(tmp_path, more, names):
      "rows 2 and 3: both images have the name '1.jpg', and visloc has one line per name; delete one of the rows"),
     ([], ["day 1/nexus/1.jpg"], None),
     (["--name_parts", 3], ["a/day 1/nexus/1.jpg"],
-     "row 2: img_path 'a/day 1/nexus/1.jpg' has a space in its name 'day 1/nexus/1.jpg', which visloc has between "
-     "numbers; rename it"),
+     "row 2: img_path 'a/day 1/nexus/1.jpg' has a space in its name 'day 1/nexus/1.jpg', where visloc would cut it; "
+     "rename it"),
 ])
 def test_visloc_names_are_without_spaces_and_each_is_of_one_line(tmp_path, more, paths, problem):
     write_labels(tmp_path / "labels.csv", [f"attic,test,s,{path},1,2,3,1,0,0,0" for path in paths])
@@ -121,9 +121,9 @@ def test_visloc_names_are_without_spaces_and_each_is_of_one_line(tmp_path, more,
 @pytest.mark.parametrize("form, parts, problem", [
     ("visloc", "0", "'0' is not a whole number from 1"), ("visloc", "-1", "'-1' is not a whole number from 1"),
     ("visloc", "1.5", "'1.5' is not a whole number from 1"),
-    ("tum", "1", "--name_parts is for visloc, which names images; leave it out with tum"),
-    ("labels", "2", "--name_parts is for visloc, which names images; leave it out with labels")])
-def test_name_parts_are_a_whole_number_and_for_visloc(files, form, parts, problem):
+    ("tum", "1", "--name_parts is for visloc and colmap, which name images; leave it out with tum"),
+    ("labels", "2", "--name_parts is for visloc and colmap, which name images; leave it out with labels")])
+def test_name_parts_are_a_whole_number_and_for_formats_with_names(files, form, parts, problem):
     status, _, errors = run_module_here(export_poses, files / "labels.csv", files / "out.txt", "--format", form,
                                         "--convention", "7Scenes", "--name_parts", parts)
     assert status == 2 and errors.endswith(f"{problem}\n") and not (files / "out.txt").exists()

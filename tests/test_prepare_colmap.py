@@ -1,4 +1,7 @@
 """Label files from COLMAP models."""
+import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -15,10 +18,14 @@ def test_a_colmap_model_gives_back_its_poses(text, old, tmp_path):
     if old:  # before COLMAP 3.12, models had neither rigs nor frames
         (tmp_path / "model/rigs.bin").unlink()
         (tmp_path / "model/frames.bin").unlink()
-    call_well(prepare_colmap, tmp_path / "model", tmp_path / "attic")
+    output = call_well(prepare_colmap, tmp_path / "model", tmp_path / "attic")
     rows = {split: read_rows(tmp_path / f"attic/attic_{split}.csv") for split in ("train", "test")}
-    assert [row[3] for row in rows["test"]] == ["seq1/frame8.png", "seq2/frame8.png", "seq10/frame8.png"]
-    assert [row[3] for row in rows["train"]] == [name for name in NAMES if not name.endswith("frame8.png")]
+    # Ten stretches of 3 or 4 images: the fifth and the tenth are for testing, and one image beside each is left out.
+    test = [*(f"seq2/frame{i}.png" for i in (4, 5, 6)), *(f"seq10/frame{i}.png" for i in (10, 11, 12))]
+    assert [row[3] for row in rows["test"]] == test
+    left_out = ["seq2/frame3.png", "seq2/frame7.png", "seq10/frame9.png"]
+    assert [row[3] for row in rows["train"]] == [name for name in NAMES if name not in test + left_out]
+    assert "3 frames between training and test stretches are left out of both" in output
     for split in rows:
         for row in rows[split]:
             assert row[:3] == ["attic", split, row[3].split("/")[0]]
@@ -35,6 +42,44 @@ def test_a_colmap_model_is_split_as_asked(tmp_path):
     call_well(prepare_colmap, tmp_path / "model", tmp_path, "--scene", "shed", "--every", 6)
     assert [row[3] for row in read_rows(tmp_path / "shed_test.csv")] == [
         f"seq{sequence}/frame{i}.png" for sequence in (1, 2, 10) for i in (6, 12)]
+
+
+@pytest.mark.parametrize("below", ("0", "sparse", "sparse/0"))
+def test_a_folder_above_a_colmap_model(below, tmp_path):
+    write_model(tmp_path / "attic" / below, False)
+    output = call_well(prepare_colmap, tmp_path / "attic", tmp_path / "labels")
+    assert f"{tmp_path / 'attic' / below}: the model that is read" in output
+    assert len(read_rows(tmp_path / "labels/labels_train.csv")) == 27
+
+
+def test_two_images_scale_a_colmap_model_to_metres(tmp_path):
+    poses = write_model(tmp_path / "model", False)
+    assert "positions in model units" in call_well(prepare_colmap, tmp_path / "model", tmp_path / "unscaled")
+    assert json.loads((tmp_path / "unscaled/unscaled_test.json").read_text()) == {"unit": "model units"}
+    output = call_well(prepare_colmap, tmp_path / "model", tmp_path / "attic", "--scale_by", NAMES[3], NAMES[20], 2.5)
+    assert "positions in metres" in output
+    factor = 2.5 / np.linalg.norm(poses[NAMES[3]][0] - poses[NAMES[20]][0])
+    for split in ("train", "test"):
+        assert json.loads((tmp_path / f"attic/attic_{split}.json").read_text()) == {"unit": "m"}
+        for row in read_rows(tmp_path / f"attic/attic_{split}.csv"):
+            centre, quaternion = poses[row[3]]
+            np.testing.assert_allclose(pose_of(row), [*(factor * centre), *quaternion], atol=1e-12)
+
+
+def test_the_next_commands_are_ready_to_paste(tmp_path):
+    write_model(tmp_path / "a model", False)
+    for name in NAMES:
+        (tmp_path / "my images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my images" / name).touch()
+    labels = tmp_path / "labels of mine"
+    output = call_well(prepare_colmap, tmp_path / "a model", labels, "--scene", "attic", "--images",
+                       tmp_path / "my images")
+    commands = [shlex.split(line) for line in re.findall("^python .*", output, flags=re.MULTILINE)]
+    assert [command[1:4] for command in commands] == [
+        ["main.py", "posenet", "train"], ["main_learn_pose_encoding.py", "posenet", "train"],
+        ["main_refine_apr.py", "posenet", "optimize"]]
+    for command, split in zip(commands, ("train", "train", "test"), strict=True):
+        assert command[5:8] == [str(tmp_path / "my images"), str(labels / f"attic_{split}.csv"), "config.json"]
 
 
 @pytest.mark.parametrize("text", (True, False))
@@ -90,15 +135,8 @@ def test_an_image_of_a_binary_model_without_a_name(tmp_path):
     assert "model: image id 2 has no name" in error_of(prepare_colmap, tmp_path / "model", tmp_path / "labels")
 
 
-def remove_files(folder):
-    for path in folder.glob("*.*"):
-        path.unlink()
-
-
 COLMAP_MISTAKES = {
     "no model": (lambda model: shutil.rmtree(model), [], "model: no COLMAP model"),
-    "a folder above": (lambda model: shutil.copytree(model, model / "0") and remove_files(model), [],
-                       "such as sparse/0"),
     "half a model": (lambda model: (model / "images.bin").unlink(), [], "model: no COLMAP model"),
     "no frames": (lambda model: (model / "frames.bin").unlink(), [], "model: not a readable COLMAP model"),
     "truncated name": (lambda model: truncate(model / "images.bin", 80), [], "images.bin: a truncated"),
@@ -110,6 +148,15 @@ COLMAP_MISTAKES = {
     "unknown sequence": (None, ["--test_sequences", "seq3"], "--test_sequences seq3: no such sequence"),
     "no train frame": (None, ["--test_sequences", "seq1", "seq2", "seq10"], "is in the train split"),
     "no test frame": (None, ["--every", "13"], "is in the test split"),
+    "an image that is not there": (None, ["--images", "."], "36 of the model's 36 images do not exist in it: "
+                                   "seq1/frame1.png, seq1/frame2.png, seq1/frame3.png, seq1/frame4.png, "
+                                   "seq1/frame5.png, and 31 more"),
+    "no folder of images": (None, ["--images", "nowhere"], "--images nowhere: no such folder"),
+    "not registered": (None, ["--scale_by", NAMES[0], "seq1/dark.png", "2"], "--scale_by seq1/dark.png: not among the "
+                       "36 images that the model has placed, such as seq1/frame1.png"),
+    "no distance": (None, ["--scale_by", *NAMES[:2], "0"], "--scale_by: '0' is no distance in metres"),
+    "no number": (None, ["--scale_by", *NAMES[:2], "2m"], "--scale_by: '2m' is no distance in metres"),
+    "one place": (None, ["--scale_by", NAMES[0], NAMES[0], "2"], "were taken from one place"),
     "scene with a slash": (None, ["--scene", "a/b"], "--scene 'a/b'"),
 }
 

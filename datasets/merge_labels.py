@@ -1,0 +1,65 @@
+"""One label file of several scenes under one root, for MS-Transformer.
+
+    python -m datasets.merge_labels A.csv B.csv ... OUT.csv
+
+Image paths stay as they are: all must be relative to one folder. OUT.json gets the unit of the files.
+"""
+import argparse
+import os
+
+import pandas as pd
+
+from datasets.labels import read_labels, read_unit, write_labels, write_unit
+from util import cli
+from util.errors import UserError, first_five
+from util.files import same_file
+
+
+def merge(paths):
+    """The labels of several files as one table, and their unit.
+
+    Raises UserError for files that share a scene or an image, and for units that differ.
+    """
+    tables = {path: read_labels(path) for path in paths}
+    units = {path: read_unit(path) for path in paths}
+    other = next((path for path in paths if units[path] != units[paths[0]]), None)
+    if other is not None:
+        raise UserError(f"{other}: positions in {units[other]}, but in {units[paths[0]]} in {paths[0]}; scale all "
+                        f"scenes to metres")
+    for column, problem, advice in (("scene", "scene", "give each scene one file"),
+                                    ("img_path", "image", "image paths must be relative to one folder of all scenes")):
+        listed, twice = {}, []
+        for path, table in tables.items():
+            for name in dict.fromkeys(table[column].map(os.path.normpath if column == "img_path" else str)):
+                first = listed.setdefault(name, path)
+                if first != path:
+                    twice.append(f"{path}: {problem} {name} is in {first} already; {advice}")
+        if twice:
+            raise UserError(first_five(twice))
+    return pd.concat(tables.values(), ignore_index=True), units[paths[0]]
+
+
+def main():
+    """Merge the label files that the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m datasets.merge_labels",
+                                     description="Join label files of several scenes.")
+    parser.add_argument("first", metavar="A.csv")
+    parser.add_argument("others", metavar="B.csv", nargs="+")
+    parser.add_argument("output", metavar="OUT.csv", help="the file to write; none of the others")
+    args = parser.parse_args()
+    paths = [args.first, *args.others]
+    for path in paths:
+        if same_file(path, args.output):
+            raise UserError(f"{args.output} is a file to merge, which stays as it is; name another")
+    for i, path in enumerate(paths):
+        if any(same_file(path, before) for before in paths[:i]):
+            raise UserError(f"{path} is given twice; give each file once")
+    table, unit = merge(paths)
+    write_labels(args.output, table)
+    write_unit(args.output, unit)
+    counts = ", ".join(f"{scene}: {n}" for scene, n in table["scene"].value_counts(sort=False).items())
+    print(f"{args.output}: {len(table)} frames ({counts}), positions in {'metres' if unit == 'm' else unit}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
