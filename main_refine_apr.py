@@ -166,6 +166,11 @@ def test(run, args, apr, scene_names):
     from models import build_pose_encoder, freeze
     from models.checkpoints import check_fingerprint, describe, read_weights
 
+    is_iapr = describe(read_weights(args.rpr_checkpoint_path)).get("kind") == "iAPR"
+    if not is_iapr:
+        refiner = load_refiner(run, args)
+        check_fingerprint(args.rpr_checkpoint_path, refiner.apr, apr, args.apr_checkpoint_path)
+        refiner.eval()
     path, encoder = args.encoder_checkpoint_path, None
     if os.path.exists(path):
         encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
@@ -174,12 +179,9 @@ def test(run, args, apr, scene_names):
     else:
         logging.info("No novelty: there is no PAE %s", path)
     dataset = load_dataset(args, args.labels_file, apr, scene_names)
-    if describe(read_weights(args.rpr_checkpoint_path)).get("kind") == "iAPR":
+    if is_iapr:
         test_iapr(run, args, apr, dataset, scene_names, encoder)
         return
-    refiner = load_refiner(run, args)
-    check_fingerprint(args.rpr_checkpoint_path, refiner.apr, apr, args.apr_checkpoint_path)
-    refiner.eval()
 
     def refine(queries):
         return refiner(queries["latents"], queries["pose"]), torch.ones(len(queries["pose"]), dtype=torch.bool)

@@ -208,10 +208,11 @@ def test_a_label_files_unit_is_that_of_the_log_and_the_weights(layout, trainings
     assert "[m]" in output and "model units" not in output
 
 
-def test_a_root_one_folder_too_deep_or_too_high_is_told_as_such(layout, trainings):
-    weights = weights_of(trainings[0])
-    for root, advice in ((layout / "attic", f"the folder above: give {layout}"),
-                         (layout.parent, f"the folder in it: give {layout}")):
+def test_a_root_one_folder_too_deep_or_too_high_is_told_as_such(layout, trainings, tmp_path):
+    weights, data = weights_of(trainings[0]), tmp_path / "data"
+    shutil.copytree(layout / "attic", data / "attic")
+    for root, advice in ((data / "attic", f"the folder above: give {data}"),
+                         (tmp_path, f"the folder in it: give {data}")):
         listed = arguments(layout, "test", "test.csv")
         listed[3] = root
         status, line = fails_here("main.py", *listed, "--checkpoint_path", weights)

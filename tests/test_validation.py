@@ -154,5 +154,6 @@ def test_a_stopped_training_resumes_its_validation_and_curves(layout, shown_trai
 
 def test_validation_and_curves_are_for_training(layout):
     for option in (["--val_labels_file", layout / "test.csv"], ["--tensorboard"]):
-        status, message = fails_here("main.py", *arguments(layout, "test", "tested", *option))
+        weights = "--checkpoint_path", layout / "test.csv"  # which is never read
+        status, message = fails_here("main.py", *arguments(layout, "test", "tested", *weights, *option))
         assert status == 2 and f"{option[0]} is for training" in message
