@@ -166,13 +166,11 @@ def load_encoder(run, args, apr):
     if args.encoder_checkpoint_path is None:
         return None
     from engine.novelty import check_max_novelty
-    from models import build_pose_encoder, freeze
-    from models.checkpoints import check_fingerprint
+    from models import load_pose_encoder
 
-    encoder = build_pose_encoder(args.model_name, run.config, args.encoder_checkpoint_path).to(run.device)
-    check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.checkpoint_path)
-    check_max_novelty(run, encoder, args.encoder_checkpoint_path)
-    freeze(encoder)
+    path = args.encoder_checkpoint_path
+    encoder = load_pose_encoder(args.model_name, run.config, path, apr, args.checkpoint_path)
+    check_max_novelty(run, encoder, path)
     return encoder
 
 

@@ -163,7 +163,7 @@ def test(run, args, apr, scene_names):
     """Test the learned refiner, or iAPR."""
     import torch
 
-    from models import build_pose_encoder, freeze
+    from models import load_pose_encoder
     from models.checkpoints import check_fingerprint, describe, read_weights
 
     is_iapr = describe(read_weights(args.rpr_checkpoint_path)).get("kind") == "iAPR"
@@ -173,9 +173,7 @@ def test(run, args, apr, scene_names):
         refiner.eval()
     path, encoder = args.encoder_checkpoint_path, None
     if os.path.exists(path):
-        encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
-        check_fingerprint(path, encoder.apr, apr, args.apr_checkpoint_path)
-        freeze(encoder)
+        encoder = load_pose_encoder(args.model_name, run.config, path, apr, args.apr_checkpoint_path)
     else:
         logging.info("No novelty: there is no PAE %s", path)
     dataset = load_dataset(args, args.labels_file, apr, scene_names)
@@ -197,6 +195,7 @@ def test_iapr(run, args, apr, dataset, scene_names, encoder):
     from models import freeze, infer
     from models.checkpoints import fill, read_checkpoint
     from models.iapr import IAPR
+
     if args.model_name not in MULTI_SCENE_APRS:
         raise UserError(f"{args.rpr_checkpoint_path}: iAPR refines poses of {' or '.join(MULTI_SCENE_APRS)}, not of "
                         f"{args.model_name}")
@@ -220,14 +219,11 @@ def test_iapr(run, args, apr, dataset, scene_names, encoder):
 def optimize(run, args, apr, scene_names):
     """Refine the APR's poses at test time, by a solver, a PAE and reference poses."""
     from datasets.references import check_remembered, read_references
-    from models import build_pose_encoder, freeze, refinement
-    from models.checkpoints import check_fingerprint
+    from models import load_pose_encoder, refinement
 
     dataset = load_dataset(args, args.labels_file, apr, scene_names)
     path = args.encoder_checkpoint_path
-    encoder = build_pose_encoder(args.model_name, run.config, path).to(run.device)
-    check_fingerprint(path, encoder.apr, apr, args.apr_checkpoint_path)
-    freeze(encoder)
+    encoder = load_pose_encoder(args.model_name, run.config, path, apr, args.apr_checkpoint_path)
     if not encoder.takes_unit_quaternions:
         logging.warning("%s is a published PAE, trained on raw estimates: it has never seen unit quaternions such as "
                         "the references'; a PAE trained with main_learn_*pose_encoding.py has", path)

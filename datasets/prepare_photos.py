@@ -36,7 +36,7 @@ from datasets.preparation import (
 )
 from datasets.prepare_colmap import find_model, read_model
 from datasets.resources import n_cores
-from datasets.unlabelled import find_images
+from datasets.unlabelled import find_images, folder_of
 from util import cli
 from util.errors import UserError, first_five
 from util.files import writing
@@ -60,9 +60,7 @@ def find_photos(photos, out):
     if not found:
         raise UserError(f"{photos}: no photo{f', but {left_out}' if left_out else ''}; give a folder with photos, or a "
                         f"pattern in quotes, such as 'photos/*.jpg'")
-    root = photos
-    if not os.path.isdir(photos):
-        root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in found])
+    root = folder_of(photos, found)
     folder = Path(out).resolve()
     if (os.path.isdir(photos) and folder.is_relative_to(Path(photos).resolve())) or any(
             Path(path).resolve().is_relative_to(folder) for path in found):

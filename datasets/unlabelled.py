@@ -35,9 +35,7 @@ class Images(Frames):
             brackets = " ([ ] in it stand for one of the characters between them)" if "[" in images else ""
             raise UserError(f"{images}: no image{f', but {left_out}' if left_out else ''}; give a folder with images, "
                             f"an image, or a pattern in quotes, such as 'photos/*.jpg'{brackets}")
-        root = images
-        if not os.path.isdir(images):
-            root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in found])
+        root = folder_of(images, found)
         self.names = sorted((os.path.relpath(path, root) for path in found), key=natural_key)
         super().__init__([os.path.join(root, name) for name in self.names], upright=not as_stored)
         self.transform = test_transform()
@@ -92,6 +90,13 @@ def find_images(images):
         folder = os.path.dirname(folder)
     pattern = glob.escape(folder) + images[len(folder):] if folder else images
     return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)], ""
+
+
+def folder_of(images, found):
+    """The folder that holds all images: the given one, or the deepest above the files that `find_images` found."""
+    if os.path.isdir(images):
+        return images
+    return os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in found])
 
 
 def _other_kind(name, path):

@@ -17,8 +17,7 @@ from datasets.transforms import test_transform, to_input
 from engine.report import scene_names_of, to_world
 from engine.run import device_of
 from engine.short import config_of, known_settings
-from models import build_pose_encoder, freeze, infer, load_apr
-from models.checkpoints import check_fingerprint
+from models import freeze, infer, load_apr, load_pose_encoder
 from models.refinement import queries_of
 from util.rotations import unit_poses
 
@@ -40,11 +39,7 @@ def load_localizer(weights, encoder=None, device="auto", batch_size=32):
     apr = load_apr(model, "none", config, weights).to(device)
     scene_names = scene_names_of(model, config, weights)
     freeze(apr)
-    pae = None
-    if encoder is not None:
-        pae = build_pose_encoder(model, config, encoder).to(device)
-        check_fingerprint(encoder, pae.apr, apr, weights)
-        freeze(pae)
+    pae = None if encoder is None else load_pose_encoder(model, config, encoder, apr, weights)
 
     @torch.inference_mode()
     def localizer(images):

@@ -117,8 +117,7 @@ def positions(scenes, truth, estimate, errors):
                                   label="estimated")
             limits = [limits_of(true[:, k], found[finite, k]) for k in (a, b)]
             if side == "above":  # to one scale
-                half = max(high - low for low, high in limits) / 2
-                limits = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
+                limits = to_one_scale(limits)
                 mark = axes.legend(loc="best", markerscale=1.5).legend_handles[1]
                 mark.set_array(None)
                 mark.set_color("0.5")  # no error's
@@ -245,13 +244,23 @@ def vertical(poses):
     degrees up or down. The convention of the quaternions is not known here: for such cameras the images agree less
     under the wrong one, unless both give the same axis.
     """
-    w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
-    # The image's downward axis under either convention.
-    to_world = torch.stack((2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)))
-    to_camera = torch.stack((2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)))
-    down = max((turned.nanmean(dim=1) for turned in (to_world, to_camera)), key=torch.linalg.vector_norm)
+    down, _ = max(_camera_axes(poses), key=lambda axes: torch.linalg.vector_norm(axes[0]))
     axis = int(down.abs().argmax())
     return axis, bool(down[axis] > 0)
+
+
+def optical_axes(poses):
+    """The cameras' viewing directions, under the convention of the quaternions that `vertical` finds: N x 3."""
+    return max(_camera_axes(poses), key=lambda axes: torch.linalg.vector_norm(axes[0]))[1].T.numpy()
+
+
+def _camera_axes(poses):
+    """Under either convention, the images' mean downward axis, 3, and the cameras' optical axes, 3 x N."""
+    w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
+    for sign in (1, -1):  # camera-to-world, world-to-camera
+        down = torch.stack((2 * (x * y - sign * w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + sign * w * x)))
+        ahead = torch.stack((2 * (x * z + sign * w * y), 2 * (y * z - sign * w * x), 1 - 2 * (x * x + y * y)))
+        yield down.nanmean(dim=1), ahead
 
 
 def _worst_frames(keys, error):
@@ -276,6 +285,12 @@ def limits_of(*values):
     low, high = near.min(), near.max()
     margin = 0.05 * (high - low) + 0.01
     return low - margin, high + margin
+
+
+def to_one_scale(limits):
+    """Limits of two axes, (low, high) each, widened to the same length."""
+    half = max(high - low for low, high in limits) / 2
+    return [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
 
 
 def _short(name, length=20):

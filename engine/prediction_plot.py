@@ -1,9 +1,7 @@
 """The picture of predicted poses among those that the APR was trained on."""
 import numpy as np
-import torch
 
-from engine.plots import COLOURS, limits_of, new_figure, save, vertical
-from util.rotations import unit_poses
+from engine.plots import COLOURS, limits_of, new_figure, optical_axes, save, to_one_scale, vertical
 
 
 def draw_predictions(path, training, poses, novelty=None):
@@ -34,24 +32,11 @@ def predicted(training, poses, novelty=None):
                             scale=25, headwidth=4)
                 points = axes.scatter(some[:, a], some[:, b], zorder=3, label=label, **style)
         axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", title=f"from {side}")
-        if len(everything):  # to one scale
-            limits = [limits_of(everything[:, k]) for k in (a, b)]
-            half = max(high - low for low, high in limits) / 2
-            limits = [((low + high) / 2 - half, (low + high) / 2 + half) for low, high in limits]
+        if len(everything):
+            limits = to_one_scale([limits_of(everything[:, k]) for k in (a, b)])
             axes.set(xlim=limits[0], ylim=limits[1][::-1] if b == up and downwards else limits[1], box_aspect=1)
         axes.grid(alpha=0.3)
     panels[0, 0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     if novelty is not None and finite.any():
         figure.colorbar(points, ax=panels[0], label="novelty")
     return figure
-
-
-def optical_axes(poses):
-    """The cameras' viewing directions, under the convention of the quaternions that `vertical` finds: N x 3."""
-    w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
-    down, ahead = [], []
-    for sign in (1, -1):  # camera-to-world, world-to-camera
-        down.append(torch.stack((2 * (x * y - sign * w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + sign * w * x))))
-        ahead.append(torch.stack((2 * (x * z + sign * w * y), 2 * (y * z - sign * w * x), 1 - 2 * (x * x + y * y))))
-    agreement = [torch.linalg.vector_norm(turned.nanmean(dim=1)) for turned in down]
-    return ahead[int(agreement[1] > agreement[0])].T.numpy()

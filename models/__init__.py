@@ -114,6 +114,19 @@ def build_pose_encoder(model_name, config, checkpoint_path=None):
     return encoder
 
 
+def load_pose_encoder(model_name, config, path, apr, apr_path):
+    """Build an APR's PAE from a file with `build_pose_encoder`, frozen, on the APR's device.
+
+    Raises UserError, too, for a PAE of another APR. apr_path: the APR's file, for this message.
+    """
+    from models.checkpoints import check_fingerprint
+
+    encoder = build_pose_encoder(model_name, config, path).to(next(apr.parameters()).device)
+    check_fingerprint(path, encoder.apr, apr, apr_path)
+    freeze(encoder)
+    return encoder
+
+
 def infer(apr, img):
     """Return an APR's outputs for images of unknown scene, N x 3 x H x W.
 

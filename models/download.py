@@ -52,18 +52,20 @@ def download(name, folder, sums):
     kind, drive_id = FILES[name]
     path = os.path.join(folder, f"{name}.pth")
     page = PAGE.format(drive_id)
+    found = None
     if not os.path.exists(path):
         part = f"{path}.part"
         fetch(drive_id, part, f"{path}: {{}}: open {page} in a browser, and save the file as {path}")
-        check(part, kind, page)
+        found = check(part, kind, page)
         os.replace(part, path)
     digest = sha256(path)
     if sums.get(f"{name}.pth", digest) != digest:
         raise UserError(f"{path}: its SHA-256 is {digest}, but SHA256SUMS has {sums[f'{name}.pth']}: it has changed; "
                         "remove it to download it again")
-    check(path, kind, page)
+    found = found or check(path, kind, page)
     sums[f"{name}.pth"] = digest
-    print(f"{path}: {describe_file(path)}, SHA-256 {digest}", flush=True)
+    sizes = ", ".join(f"{key} {value}" for key, value in found.items() if key in ("num_scenes", "hidden_dim"))
+    print(f"{path}: {kind} ({sizes}), SHA-256 {digest}", flush=True)
 
 
 def fetch(drive_id, part, failed):
@@ -87,7 +89,10 @@ def fetch(drive_id, part, failed):
 
 
 def check(path, kind, page):
-    """Raise UserError unless a file holds weights of a kind; a web page is told from a checkpoint. Removes a .part."""
+    """Return what a file's tensors determine, as `describe`. Raises UserError unless it holds weights of a kind.
+
+    A web page is told from a checkpoint. A wrong .part is removed.
+    """
     with open(path, "rb") as file:
         begin = file.read(512).lstrip().lower()
     problem = None
@@ -95,23 +100,17 @@ def check(path, kind, page):
         problem = f"a web page, not weights: open {page} in a browser, and save the file"
     else:
         try:
-            found = describe(read_weights(path)).get("kind")
+            found = describe(read_weights(path))
         except UserError as error:
             problem = str(error).removeprefix(f"{path}: ")
         else:
-            if found != kind:
-                problem = f"holds {found or 'weights of no model known here'}, but {kind} was expected"
+            if found.get("kind") != kind:
+                problem = f"holds {found.get('kind', 'weights of no model known here')}, but {kind} was expected"
     if problem:
         if path.endswith(".part"):
             os.remove(path)
         raise UserError(f"{path.removesuffix('.part')}: {problem}")
-
-
-def describe_file(path):
-    """What a file holds, in words: its kind and sizes."""
-    found = describe(read_weights(path))
-    sizes = ", ".join(f"{key} {value}" for key, value in found.items() if key in ("num_scenes", "hidden_dim"))
-    return f"{found['kind']} ({sizes})"
+    return found
 
 
 def sha256(path):

@@ -4,14 +4,12 @@ It is from a later release of the PAEs' authors. A checkpoint holds its own MS-T
 gives the first pose and the scene.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from models.ms_transformer import EMSTransPoseNet, PoseRegressor
 from models.pose_encoder import MultiScenePoseEncoder
-from util.rotations import multiply_quaternions, on_side_of
+from util.rotations import conjugate, multiply_quaternions, on_side_of, unit_poses
 
-N_ITERATIONS = 3  # of the published config, `num_iterations`
 _LAYERS, _HEADS, _FEED_FORWARD = 2, 4, 2048
 
 
@@ -61,10 +59,10 @@ class IAPR(nn.Module):
         found = self.ln(sequence[:, :2])
         return torch.cat((self.rel_regressor_x(found[:, 0]), self.rel_regressor_q(found[:, 1])), dim=1)
 
-    def refine(self, image, scene, pose, n_iterations=N_ITERATIONS):
+    def refine(self, image, scene, pose, n_iterations):
         """Refine poses: N x 7 -> N x 7 with unit quaternions. The image runs through the network once."""
         latents = self.image_latents(image, scene)
-        pose = _unit(pose)
+        pose = unit_poses(pose)
         for _ in range(n_iterations):
             pose = moved_back(pose, self.relative(latents, scene, pose))
         return pose
@@ -90,17 +88,12 @@ def moved_back(pose, relative):
     The new position is the old one minus the relative; the new orientation is the old one times the conjugate of the
     relative, with a positive scalar, as published: the encoder tells the signs of a quaternion apart.
     """
-    conjugate = F.normalize(relative[:, 3:], dim=1) * torch.tensor([1.0, -1, -1, -1], device=pose.device)
-    orientation = multiply_quaternions(pose[:, 3:], conjugate)
+    orientation = multiply_quaternions(pose[:, 3:], conjugate(unit_poses(relative)[:, 3:]))
     orientation = on_side_of(orientation, torch.tensor([1.0, 0, 0, 0], device=pose.device))
     return torch.cat((pose[:, :3] - relative[:, :3], orientation), dim=1)
 
 
 def relative_pose(pose, other):
     """Return the relative pose from one pose to another: the inverse of `moved_back`. N x 7, N x 7 -> N x 7, unit."""
-    conjugate = _unit(pose)[:, 3:] * torch.tensor([1.0, -1, -1, -1], device=pose.device)
-    return torch.cat((other[:, :3] - pose[:, :3], multiply_quaternions(conjugate, _unit(other)[:, 3:])), dim=1)
-
-
-def _unit(pose):
-    return torch.cat((pose[:, :3], F.normalize(pose[:, 3:], dim=1)), dim=1)
+    turn = multiply_quaternions(conjugate(unit_poses(pose)[:, 3:]), unit_poses(other)[:, 3:])
+    return torch.cat((other[:, :3] - pose[:, :3], turn), dim=1)

@@ -14,7 +14,7 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 
 from util.metrics import pose_err
-from util.rotations import multiply_quaternions, on_side_of, quaternion_of, unit_poses
+from util.rotations import conjugate, multiply_quaternions, on_side_of, quaternion_of, unit_poses
 
 N_FRAMES, MIN_FRAMES = 256, 32  # that are remembered per scene; below MIN_FRAMES, a scene has no memory
 _FOLDS = 10
@@ -42,6 +42,7 @@ class LatentMemory(nn.Module):
                             "unit": (num_scenes,), "trust": (num_scenes, _KNOTS, 3), "calibration": (0, 5)}.items():
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("scenes", torch.zeros(0, dtype=torch.long))
+        self._whiten = None  # the noise's whitening, which takes as long as an APR's image
 
     def __len__(self):
         """The number of remembered frames."""
@@ -63,7 +64,18 @@ class LatentMemory(nn.Module):
         for name in ("latents", "poses", "scenes", "weights"):
             empty = getattr(self, name)[:0]
             setattr(self, name, torch.cat([empty, *(part[name].to(empty) for part in remembered)]))
-        self.calibration = self.calibration[:0]
+        self.calibration, self._whiten = self.calibration[:0], None
+
+    def _whitening(self, encoder):
+        """The whitening of the PAE's noise, computed once after `fit`, or after loading."""
+        if self._whiten is None or self._whiten.device != encoder.noise.device:
+            self._whiten = whitening(encoder.noise)
+        return self._whiten
+
+    def _distances(self, encoder, latents, of_scene):
+        """Mahalanobis distances of latents, N x D, to M remembered ones: N x M. of_scene: which those are."""
+        whiten = self._whitening(encoder)
+        return torch.cdist(latents @ whiten, self.latents[of_scene] @ whiten)
 
     def _fit_scene(self, encoder, frames):
         """Fit one scene's part of the memory. Returns its rows."""
@@ -102,10 +114,10 @@ class LatentMemory(nn.Module):
 
         The others keep the APR's pose, and so does a query the further its latents are from every remembered one.
         """
-        poses, known, whiten = unit_poses(queries["pose"]), self.knows(queries["scene"]), whitening(encoder.noise)
+        poses, known = unit_poses(queries["pose"]), self.knows(queries["scene"])
         for scene in queries["scene"][known].unique():
             rows, of_scene = queries["scene"] == scene, self.scenes == scene
-            distances = torch.cdist(queries["latents"][rows] @ whiten, self.latents[of_scene] @ whiten)
+            distances = self._distances(encoder, queries["latents"][rows], of_scene)
             steps = _kernel(distances, self.length[scene]) @ self.weights[of_scene].double()
             nearest = distances.min(dim=1).values.cpu()
             knots, *shares = self.trust[scene].T.cpu().numpy()
@@ -120,11 +132,10 @@ class LatentMemory(nn.Module):
     def novelty(self, encoder, queries):
         """Return the novelty of N queries: N, NaN for scenes that are not remembered."""
         novelty = torch.full((len(queries["pose"]),), torch.nan, device=queries["pose"].device)
-        whiten = whitening(encoder.noise)
-        own = _own_distances(encoder, queries, whiten)
+        own = _own_distances(encoder, queries, self._whitening(encoder))
         for scene in queries["scene"][self.knows(queries["scene"])].unique():
             rows, of_scene = queries["scene"] == scene, self.scenes == scene
-            distances = torch.cdist(queries["latents"][rows] @ whiten, self.latents[of_scene] @ whiten)
+            distances = self._distances(encoder, queries["latents"][rows], of_scene)
             raw = _raw_novelty(distances, unit_poses(queries["pose"][rows]), self.poses[of_scene], own[rows])
             novelty[rows] = (raw / self.unit[scene]).to(novelty)
         return novelty
@@ -160,6 +171,7 @@ class LatentMemory(nn.Module):
         return torch.tensor(np.stack([np.interp(novelty.cpu(), knots, curve) for curve in curves], axis=1))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, problems):
+        self._whiten = None
         n_frames = len(state_dict.get(f"{prefix}latents", ()))
         for name, buffer in self.named_buffers():
             tensor = state_dict.setdefault(prefix + name, buffer)  # earlier files and published ones have no memory
@@ -189,8 +201,7 @@ def _differences(truth, estimates):
 
     The rotation vector of an angle a has the length 2 sin(a/2), so that no error counts more than 2.
     """
-    inverses = estimates[:, 3:] * torch.tensor([1, -1, -1, -1], device=estimates.device)
-    turns = multiply_quaternions(truth[:, 3:], inverses)
+    turns = multiply_quaternions(truth[:, 3:], conjugate(estimates[:, 3:]))
     turns = on_side_of(turns, torch.tensor([1.0, 0, 0, 0], device=turns.device))
     return torch.cat((truth[:, :3] - estimates[:, :3], 2 * turns[:, 1:]), dim=1).double()
 

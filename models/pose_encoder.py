@@ -76,7 +76,8 @@ class _PoseEncoder(nn.Module):
 
         frames: as for LatentMemory.fit. Those whose position is far outside its scene's are left out.
         """
-        frames = {key: rows[_plausible(frames)] for key, rows in frames.items()}
+        plausible = _plausible(frames)
+        frames = {key: rows[plausible] for key, rows in frames.items()}
         residuals = frames["latents"] - torch.cat(self(frames["truth"], frames["scene"]), dim=1)
         self.noise.copy_(residuals.T @ residuals / len(residuals))
         self.memory.fit(self, frames)

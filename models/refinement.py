@@ -266,8 +266,7 @@ def pose_distances(poses, references):
     positions = torch.cdist(poses[:, :3], references[:, :3], compute_mode="donot_use_mm_for_euclid_dist")
     cosines = F.normalize(poses[:, 3:], dim=1) @ F.normalize(references[:, 3:], dim=1).T
     orientations = (2 - 2 * cosines.abs()).clamp(min=0).sqrt()
-    tiny = torch.finfo(poses.dtype).tiny  # for maxima of 0: all references are the same
-    return sum(d / d.amax(dim=1, keepdim=True).clamp(min=tiny) for d in (positions, orientations))
+    return _sum_over_maxima(positions, orientations)
 
 
 def published_distances(poses, references):
@@ -278,15 +277,20 @@ def published_distances(poses, references):
     """
     parts = (torch.cdist(poses[:, part], references[:, part], compute_mode="donot_use_mm_for_euclid_dist")
              for part in (slice(3), slice(3, 7)))
-    return sum(d / d.amax(dim=1, keepdim=True).clamp(min=torch.finfo(poses.dtype).tiny) for d in parts)
+    return _sum_over_maxima(*parts)
+
+
+def _sum_over_maxima(*distances):
+    """The sum of distances, N x R each, over their maxima over the references."""
+    # The bound is for maxima of 0: all references are the same.
+    return sum(d / d.amax(dim=1, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny) for d in distances)
 
 
 def nearest_references(poses, scenes, references, reference_scenes, k, distances=pose_distances):
     """Return the rows of the k nearest references of the same scene: N x k, nearest first.
 
     poses: N x 7; scenes: N; references: R x 7; reference_scenes: R. distances: how far they are, poses, references ->
-    N x R. If a scene has fewer than k references, they
-    repeat. If it has none, the rows are -1.
+    N x R. If a scene has fewer than k references, they repeat. If it has none, the rows are -1.
     """
     nearest = torch.full((len(poses), k), -1, device=poses.device)
     for scene in scenes.unique():

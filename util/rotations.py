@@ -12,6 +12,11 @@ def on_side_of(quaternions, others):
     return torch.where((quaternions * others).sum(dim=-1, keepdim=True) < 0, -quaternions, quaternions)
 
 
+def conjugate(quaternions):
+    """Return the conjugates of quaternions, for unit ones the inverse rotations: ... x 4 -> ... x 4."""
+    return torch.cat((quaternions[..., :1], -quaternions[..., 1:]), dim=-1)
+
+
 def multiply_quaternions(left, right):
     """Return Hamilton products: N x 4, N x 4 -> N x 4. As rotations, `right` is applied first."""
     w1, v1, w2, v2 = left[:, :1], left[:, 1:], right[:, :1], right[:, 1:]
