@@ -35,6 +35,7 @@ def train(run, args, apr, encoder, scene_names):
     from datasets.labels import log_summary
     from engine import training
     from engine.evaluation import compute_latents, frames_of, latent_batches, one_thread
+    from engine.novelty import warn_of_few_frames
     from models.checkpoints import fingerprint
     from util.losses import CameraPoseLoss
 
@@ -52,6 +53,7 @@ def train(run, args, apr, encoder, scene_names):
     scene_is_correct = scenes == true_scenes
     if scene_is_correct.float().mean() < 0.5:
         scene_is_correct[:] = True
+    warn_of_few_frames(scenes[scene_is_correct], scene_names)
     pae_input = "pose" if run.config["pae_input"] == "true" else "estimate"
     pose_loss = CameraPoseLoss(run.config).to(run.device)
 

@@ -255,22 +255,29 @@ def choose_solver(args, encoder):
                         "trained with main_learn_*pose_encoding.py does; choose --solver mlp or simplex, or give "
                         "--fit_noise")
     if solver != "kernel" and args.ref_poses_file is None:
-        raise UserError(f"{solver} needs --ref_poses_file, the label file that the APR was trained on")
+        from engine.novelty import forgotten
+
+        needs = f"{solver} needs --ref_poses_file, the label file that the APR was trained on"
+        raise UserError(needs if args.solver else f"{needs}; kernel, which needs none, is not at hand: "
+                        f"{forgotten(args.encoder_checkpoint_path)}")
     return solver
 
 
 def fit_noise(run, args, apr, encoder, scene_names):
     """Complete a PAE on the frames of --ref_poses_file, over which the APR runs once, and write it."""
     from engine.evaluation import compute_latents, frames_of
+    from engine.novelty import warn_of_few_frames
     from models.checkpoints import fingerprint, save_weights
 
     latents = compute_latents(run, apr, load_dataset(args, args.ref_poses_file, apr, scene_names))
-    encoder.fit_latents(frames_of(latents))
+    frames = frames_of(latents)
+    warn_of_few_frames(frames["scene"], scene_names)
+    encoder.fit_latents(frames)
     encoder.apr.copy_(fingerprint(apr))
     completed = f"{run.prefix}_pose_encoder.pth"
     save_weights(completed, encoder.state_dict(), about(run, "pose encoder of " + args.model_name, scene_names))
-    logging.info("Noise and memory: of %d frames of %s; the completed PAE: %s", len(latents["pose"]),
-                 args.ref_poses_file, completed)
+    logging.info("Noise: of %d frames of %s; memory: %d of them; the completed PAE: %s", len(latents["pose"]),
+                 args.ref_poses_file, len(encoder.memory), completed)
 
 
 def test_refinement(run, args, apr, dataset, scene_names, tested, refine, encoder, leaked=False, corrected=None):

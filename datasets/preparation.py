@@ -21,6 +21,7 @@ from util.errors import UserError
 
 NO_FOLDER = "seq-01"  # the sequence of images outside any folder
 N_STRETCHES, TEST_STRETCH = 10, 5  # of ten stretches of images every fifth is for testing
+MIN_REMEMBERED = 32  # training frames of a scene, for a PAE to refine and to tell novelty: latent_memory.MIN_FRAMES
 GAP = 0.02  # of the images, between a training and a test stretch
 
 
@@ -253,16 +254,24 @@ def write_scene(model, labels_path, scene, table, unit):
         print(f"{n_left_out} frames between training and test stretches are left out of both")
 
 
-def next_commands(images, labels_path, scene):
-    """The commands that train an APR and its PAE on a scene and refine its test poses, as text to paste."""
+def print_next_commands(images, labels_path, scene, table):
+    """Print the commands that train an APR and its PAE on a scene and refine its test poses, to paste.
+
+    table: that of label_table. With too few training frames there is nothing to refine by.
+    """
     out = f"out/{shlex.quote(scene)}"
     train, test = (shlex.quote(str(Path(labels_path) / f"{scene}_{split}.csv")) for split in ("train", "test"))
     images, setting = shlex.quote(str(images)), "--set backbone_type=mobilenet"
     apr, pae = f"{out}_apr/run_*_final.pth", f"{out}_pae/run_*_final.pth"  # the shell finds the stamps
-    return "\n".join([
-        "Next:",
-        f"python main.py posenet train imagenet {images} {train} config.json {setting} --output_dir {out}_apr",
-        f"python main_learn_pose_encoding.py posenet train none {images} {train} config.json {apr} {setting} "
-        f"--output_dir {out}_pae",
-        f"python main_refine_apr.py posenet optimize none {images} {test} config.json {apr} {pae} {setting} "
-        f"--output_dir {out}_refined"])
+    n_train = (table["split"] == "train").sum()
+    commands = [f"main.py posenet train imagenet {images} {train} config.json {setting} --output_dir {out}_apr"]
+    if n_train < MIN_REMEMBERED:
+        print(f"{n_train} training frames are too few for a PAE, which refines poses and tells novelty from "
+              f"{MIN_REMEMBERED} on")
+        commands.append(f"main.py posenet test none {images} {test} config.json --checkpoint_path {apr} {setting}")
+    else:
+        commands += [f"main_learn_pose_encoding.py posenet train none {images} {train} config.json {apr} {setting} "
+                     f"--output_dir {out}_pae",
+                     f"main_refine_apr.py posenet optimize none {images} {test} config.json {apr} {pae} {setting} "
+                     f"--output_dir {out}_refined"]
+    print("Next:", *(f"python {command}" for command in commands), sep="\n")

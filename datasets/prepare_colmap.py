@@ -25,7 +25,7 @@ from datasets.preparation import (
     add_split,
     check_scene_name,
     label_table,
-    next_commands,
+    print_next_commands,
     scale_between,
     scaled,
     sequence_of,
@@ -305,13 +305,13 @@ def main():
     elif args.every is not None:
         def split(sequences):
             return split_every(sequences, args.every)
-    write_scene(folder, args.labels_path, scene, label_table(frames, scene, split),
-                "model units" if args.scale_by is None else "m")
+    table = label_table(frames, scene, split)
+    write_scene(folder, args.labels_path, scene, table, "model units" if args.scale_by is None else "m")
     if args.scale_by is None:
         print("Positions are in the model's unit; --scale_by turns them into metres")
     if args.images is None:
         print("IMAGES below is the folder that the images' names are relative to")
-    print(next_commands(args.images or "IMAGES", args.labels_path, scene))
+    print_next_commands(args.images or "IMAGES", args.labels_path, scene, table)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from datasets.preparation import (
     check_scene_name,
     label_table,
     metres_of,
-    next_commands,
+    print_next_commands,
     scale_between,
     scaled,
     split_every,
@@ -327,10 +327,11 @@ def main():
         frames = scaled(frames, scale_of_gps(frames, images))
     split = split_stretches if args.every is None else lambda sequences: split_every(sequences, args.every)
     has_scale = args.scale_by is not None or args.scale_by_gps
-    write_scene(model, args.out, scene, label_table(frames, scene, split), "m" if has_scale else "model units")
+    table = label_table(frames, scene, split)
+    write_scene(model, args.out, scene, table, "m" if has_scale else "model units")
     if not has_scale:
         print("Positions are in the model's unit; --scale_by or --scale_by_gps turns them into metres")
-    print(next_commands(images, args.out, scene))
+    print_next_commands(images, args.out, scene, table)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,16 @@
 import logging
 
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 
 from datasets.labels import POSE_COLUMNS
 from engine.evaluation import milliseconds, one_thread
+from models.latent_memory import MIN_FRAMES
 from models.refinement import queries_of
 from util.errors import UserError
 from util.metrics import ause, ause_of_chance, format_medians
+from util.rotations import unit_poses
 
 RESULTS = ("novelty", "expected_errors")  # the keys of `novelty_of`
 TRUSTED = (0.5, 0.75, 0.9)  # shares of frames, the least novel ones
@@ -27,8 +30,7 @@ def novelty_of(run, encoder, encoder_path, results, corrected=False):
     """
     memory = encoder.memory
     if not len(memory):
-        logging.info("No novelty: %s remembers no training frames. Train the PAE anew, or complete it with "
-                     "main_refine_apr.py optimize --fit_noise", encoder_path)
+        logging.info("No novelty: %s", forgotten(encoder_path))
         return {}
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
     with one_thread():
@@ -43,26 +45,42 @@ def novelty_of(run, encoder, encoder_path, results, corrected=False):
     return found
 
 
+def forgotten(encoder_path):
+    """That a PAE remembers no training frames, and what to do, in words."""
+    return (f"{encoder_path} remembers no training frames: a published PAE does not, nor does one of fewer than "
+            f"{MIN_FRAMES} per scene; train the PAE anew on more, or complete it with main_refine_apr.py optimize "
+            "--fit_noise")
+
+
+def warn_of_few_frames(scenes, scene_names=None):
+    """Warn of scenes that a PAE will not remember, for they have too few training frames. scenes: N indices."""
+    few = [f"{scene_names[scene] if scene_names else f'scene {scene}'} ({n})"
+           for scene, n in zip(*(part.tolist() for part in torch.unique(scenes, return_counts=True))) if n < MIN_FRAMES]
+    if few:
+        logging.warning("Too few training frames, fewer than %d, in %s: the PAE will remember none of them, so there "
+                        "is no novelty, and kernel corrects no pose", MIN_FRAMES, ", ".join(few))
+
+
 def corrected(run, encoder, encoder_path, results):
     """Results of `evaluate` with poses that the PAE's memory corrects, 'apr_pose', the APR's own, and novelty.
 
-    run, encoder, encoder_path, results: as for `novelty_of`. Logs how many poses are corrected.
+    run, encoder, encoder_path, results: as for `novelty_of`. Logs how many poses change.
     """
     novelty = novelty_of(run, encoder, encoder_path, results, corrected=True)
     if not novelty:
         return results
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
-    poses, known = encoder.memory.corrected(encoder, queries)
-    logging.info("Refined by %s: %d of %d poses", encoder_path, known.sum(), len(known))
+    poses, _ = encoder.memory.corrected(encoder, queries)
+    changed = (poses != unit_poses(queries["pose"])).any(dim=1)
+    logging.info("Refined by %s: %d of %d poses", encoder_path, changed.sum(), len(changed))
     return {**results, "apr_pose": results["pose"], "pose": poses.cpu(), **novelty}
 
 
 def check_max_novelty(run, encoder, encoder_path):
     """Raise UserError for --max_novelty with a PAE that cannot tell novelty, or with none (None)."""
     if run.max_novelty is not None and not (encoder and len(encoder.memory)):
-        problem = "remembers no training frames" if encoder else "does not exist"
-        raise UserError(f"--max_novelty: {encoder_path} {problem}, so it cannot tell novelty; train the PAE anew, or "
-                        "complete it with main_refine_apr.py optimize --fit_noise")
+        problem = forgotten(encoder_path) if encoder else f"{encoder_path} does not exist; give the APR's PAE"
+        raise UserError(f"--max_novelty needs novelty: {problem}")
 
 
 def add_columns(run, predictions, results):

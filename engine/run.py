@@ -111,7 +111,7 @@ def parser(description, models, modes=("train", "test")):
 
     models: the names that the script's MODEL may have. modes: what its MODE may be.
     """
-    arguments = argparse.ArgumentParser(description=description)
+    arguments = _Parser(description=description)
     arguments.add_argument("model_name", metavar="MODEL", type=_model(models), help=f"the APR: {' or '.join(models)}")
     arguments.add_argument("mode", metavar="MODE", choices=modes, type=lambda mode: {"eval": "test"}.get(mode, mode),
                            help=f"{' or '.join(modes)} (eval means test)")
@@ -158,6 +158,15 @@ def parser(description, models, modes=("train", "test")):
                            help="with --predictions_path and a PAE: reject frames of a larger novelty, in units of a "
                                 "median training frame's; they keep their row, with an empty pose (default: none)")
     return arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose message explains weights too many."""
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments") and ".pth" in message:
+            message += " (a pattern such as run_*_final.pth stands for several files: name one)"
+        super().error(message)
 
 
 def _model(names):

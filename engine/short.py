@@ -29,7 +29,7 @@ def in_full(arguments):
                "--checkpoint_path", args.checkpoint_path]
     if args.encoder_checkpoint_path:
         in_full += ["--encoder_checkpoint_path", args.encoder_checkpoint_path]
-    return [*in_full, "--set", *_overrides(settings), *others]
+    return [*in_full, *others, "--set", *_overrides(settings)]
 
 
 def known_settings(path, encoder_path=None):
@@ -45,7 +45,8 @@ def known_settings(path, encoder_path=None):
     model = settings.pop("kind", None)
     if model not in APR_NAMES:
         held = f"a checkpoint of {model}" if model else "weights of no model known here"
-        raise UserError(f"{path}: {held}, but an APR's is needed")
+        swapped = encoder_path and describe(read_weights(encoder_path)).get("kind") in APR_NAMES
+        raise UserError(f"{path}: {held}, but an APR's is needed{'; are the two files swapped?' if swapped else ''}")
     if model == "posenet" and "backbone_type" not in settings:
         raise UserError(f"{path}: its tensors are of no backbone known here")
     config = read_about(path).get("config")

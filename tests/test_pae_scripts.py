@@ -57,6 +57,14 @@ def test_a_trained_pae_has_the_current_version(pae):
     assert torch.load(pae)._metadata[""]["version"] == 3
 
 
+def test_too_few_training_frames_for_a_memory_are_told(layout, apr):
+    output = run_here("main_learn_pose_encoding.py", *arguments(layout, "train", "train.csv", apr), "n_epochs=1")
+    assert "Too few training frames, fewer than 32, in scene 0 (6)" in output
+    output = run_here("main_refine_apr.py", *optimize(layout, apr, weights_of(output), more=["--fit_noise"]))
+    assert "Too few training frames, fewer than 32, in scene 0 (6)" in output
+    assert re.search(r"^Noise: of 6 frames of .*train.csv; memory: 0 of them", output, flags=re.MULTILINE)
+
+
 def test_a_pae_and_a_refiner_are_refused_with_another_apr(layout, apr, pae, refiner):
     other = str(apr).replace("final", "checkpoint-1")  # of the same training
     for script, mode, weights, more, refused in (

@@ -1,5 +1,6 @@
 """Label files from photos: rendered frames of a room without their poses, which COLMAP has to find."""
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -9,11 +10,12 @@ from PIL import ExifTags, Image
 from prepare_layouts import call_well, error_of, listing, pose_of, read_rows
 from transforms3d.quaternions import mat2quat, quat2mat
 
-from datasets import merge_labels, prepare_photos
+from datasets import merge_labels, preparation, prepare_photos
 from datasets.labels import read_unit
 from datasets.synthetic_scenes.paths import camera_path
 from datasets.synthetic_scenes.render import render
 from datasets.synthetic_scenes.rooms import make_room
+from models.latent_memory import MIN_FRAMES
 from util.errors import UserError
 
 N, N_OTHER = 44, 14  # photos of the walk, and of another room, which COLMAP cannot join to it
@@ -135,6 +137,17 @@ def test_stretches_are_apart(prepared):
     train = [i for i in range(N) if i not in test and i not in (17, 22, 39)]
     assert [row[3] for row in read_rows(out / "attic_train.csv")] == [name_of(i) for i in train]
     assert "3 frames between training and test stretches are left out of both" in output
+
+
+def test_the_next_commands_are_ready_to_paste(prepared):
+    out, output = prepared
+    commands = [shlex.split(line) for line in output.partition("\nNext:\n")[2].splitlines()]
+    assert [command[1:4] for command in commands] == [
+        ["main.py", "posenet", "train"], ["main_learn_pose_encoding.py", "posenet", "train"],
+        ["main_refine_apr.py", "posenet", "optimize"]]
+    for command, split in zip(commands, ("train", "train", "test"), strict=True):
+        assert command[5:8] == [str(out / "images"), str(out / f"attic_{split}.csv"), "config.json"]
+    assert preparation.MIN_REMEMBERED == MIN_FRAMES
 
 
 def test_photos_are_written_upright(walk, prepared):
