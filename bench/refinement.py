@@ -25,6 +25,7 @@ from engine.run import Run, device_of
 from engine.scripts import pae_script, run_script
 from models import build_pose_encoder, freeze, infer, load_apr
 from models.checkpoints import fill, read_checkpoint
+from models.iapr import IAPR
 from models.pose_encoder import PoseEncoder
 from models.pose_refiner import PoseRefiner
 from models.refinement import nearest_references, optimize, queries_of
@@ -33,19 +34,21 @@ from util.config import Config, load_config
 from util.metrics import ause, ause_of_chance, changes, pose_err
 from util.rotations import mean_quaternion, unit_poses
 
-FRAMES, EPOCHS = 120, {"mobilenet": 10, "real": 20, "efficientnet": 6, "MS-Transformer": 6, "auxiliary": 100}
+FRAMES, EPOCHS = 120, {"mobilenet": 10, "real": 20, "efficientnet": 6, "MS-Transformer": 6, "auxiliary": 100,
+                  "iAPR": 2}
 POSENET = ["batch_size=32", "n_workers=1"]
 RENDERED = {"mobilenet": [f"n_epochs={EPOCHS['mobilenet']}", "lr_scheduler_step_size=4"],
             "efficientnet": [f"n_epochs={EPOCHS['efficientnet']}", "lr_scheduler_step_size=3"]}
 REAL = [f"n_epochs={EPOCHS['real']}"]
 MULTI_SCENE = [*MS_TRANSFORMER[1:], "n_workers=1", "batch_size=16", f"n_epochs={EPOCHS['MS-Transformer']}", "lr=1e-3",
                "lr_scheduler_step_size=2", "lr_scheduler_gamma=0.5", "s_x=-2", "s_q=-4"]
+IAPR_TRAINING = ["--method", "iapr", "--set", f"n_epochs={EPOCHS['iAPR']}", "lr=2e-4", "lr_scheduler_step_size=1"]
 K = 3
 N_QUERIES, N_REFERENCES = 1000, 7000  # of the costs
 MEAN, LEAKED = f"mean of {K} references", "LEAKED: paper's optimisation, references from the test labels"
 SOLVED = {"paper's optimisation (mlp)": "mlp", "its minimum (simplex)": "simplex", "kernel (default)": "kernel",
           "linear": "linear", "inversion": "inversion", LEAKED: "mlp"}
-METHODS = ["APR", "PAE", "nearest reference", MEAN, *list(SOLVED)[:-1], "learned refiner", LEAKED]
+METHODS = ["APR", "PAE", "nearest reference", MEAN, *list(SOLVED)[:-1], "learned refiner", "iAPR", LEAKED]
 WALK = 10  # the stretches of a real walk that its label files have in turns
 STRANGERS = {"room-1": "room-2", "room-2": "room-1", "yard-1": "room-1", "excursion-1": "room-1", "real": "room-1",
              "real in time": "room-1"}
@@ -154,6 +157,9 @@ def evaluated(folder, model, preset, settings, seed, dataset, training, validati
     for method, solver in SOLVED.items():
         given = references_of(test, leaked=True) if method == LEAKED else references
         poses[method], _ = optimize(solver, encoder, queries, *given, {**config, "num_neighbors": K}, seed)
+    if model != "posenet":
+        path = train(folder, "iapr", "main_refine_apr.py", *arguments(apr_path, pae_path), *IAPR_TRAINING)
+        poses["iAPR"] = refined_by_iapr(run, apr, path, frames)
     novelty = encoder.memory.novelty(encoder, queries)
     of_strangers = encoder.memory.novelty(encoder, queries_in(CameraPoseDataset(*strangers)))
     return {"poses": {method: tensor.cpu() for method, tensor in poses.items()}, "truth": frames.poses,
@@ -161,10 +167,23 @@ def evaluated(folder, model, preset, settings, seed, dataset, training, validati
             "expected": encoder.memory.expected_errors(novelty).numpy()}
 
 
+def refined_by_iapr(run, apr, path, frames):
+    """Poses of frames, N x 7, that iAPR refines from those of an APR. path: iAPR's weights."""
+    iapr = IAPR(run.config).to(run.device)
+    fill(path, iapr, read_checkpoint(path, "iAPR", run.config))
+    freeze(iapr)
+
+    def refine(batch):
+        first = infer(apr, batch["img"])
+        return {"pose": iapr.refine(batch["img"], first["scene"], first["pose"], run.config["num_iterations"])}
+
+    return evaluate(run, refine, frames)["pose"]
+
+
 def rows_of(title, runs):
     """Rows of the table of methods. runs: per APR, and in it per scene, what `evaluated` returns."""
     rows = []
-    errors = {method: errors_of(runs, method) for method in METHODS}
+    errors = {method: errors_of(runs, method) for method in METHODS if method in runs[0][0]["poses"]}
     for method, (position, orientation) in errors.items():
         row = {"data": title, "method": method, "position m": float(np.median(position)),
                "orientation deg": float(np.median(orientation))}
@@ -284,7 +303,7 @@ def main():
     frames = [{"scene": scene, "training frames": len(read_labels(training)), "test frames": len(read_labels(test))}
               for scene, (_, training, _, test) in found.items()]
     epochs = (f"{EPOCHS['mobilenet']} (real scene {EPOCHS['real']}, EfficientNet-B0 and MS-Transformer "
-              f"{EPOCHS['MS-Transformer']})")
+              f"{EPOCHS['MS-Transformer']}), of iAPR {EPOCHS['iAPR']}")
     common.show(args, {
         "Cost": costs(device),
         f"Frames; epochs of the APRs {epochs}, of PAE and refiner {EPOCHS['auxiliary']}": frames,

@@ -1,6 +1,7 @@
 """Evaluation: a model over a dataset, timed for tests, or once for the latents that a PAE or a refiner learns from."""
 import contextlib
 import logging
+import sys
 import time
 
 import torch
@@ -50,7 +51,20 @@ def evaluate(run, estimate, dataset):
     # Single frames come last, when no worker decodes any more. The first calls only warm up.
     alone = [milliseconds(lambda: estimate(frame), run.device)[0]  # noqa: B023
              for frame in [singles[0]] * N_WARM_UP + singles]
+    log_memory(run.device)
     return {**results, "milliseconds_alone": torch.tensor(alone[N_WARM_UP:])}
+
+
+def log_memory(device):
+    """Log the largest memory that this process has had, and the largest of its tensors on a GPU."""
+    with contextlib.suppress(ImportError):  # a system without the module
+        import resource
+
+        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
+        of_gpu = ""
+        if device.type == "cuda":
+            of_gpu = f", on the GPU {torch.cuda.max_memory_allocated(device) / 2 ** 30:.2f} GiB"
+        logging.info("Peak memory: %.2f GiB%s", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, of_gpu)
 
 
 @torch.no_grad()

@@ -140,11 +140,16 @@ def main():
     unknown = [name for name in args.names if name not in FILES]
     if unknown:
         raise UserError(f"{unknown[0]} is not among the published weights: {', '.join(FILES)}")
-    sums_file = os.path.join(args.to, "SHA256SUMS")
+    download_all(args.names or list(FILES), args.to)
+
+
+def download_all(names, folder):
+    """Download files of FILES, and note their SHA-256. Raises UserError, after the last, where some are missing."""
+    sums_file = os.path.join(folder, "SHA256SUMS")
     sums, problems = read_sums(sums_file), []
-    for name in args.names or FILES:
+    for name in names:
         try:
-            download(name, args.to, sums)
+            download(name, folder, sums)
         except BrokenOff:
             raise
         except UserError as error:
@@ -153,7 +158,7 @@ def main():
         with whole_file(sums_file) as file:
             file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     if problems:
-        raise UserError(f"{len(problems)} of {len(args.names or FILES)} files are missing: {problems[0]}")
+        raise UserError(f"{len(problems)} of {len(names)} files are missing: {problems[0]}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drive import drive  # noqa: F401 (a fixture)
 from matplotlib.figure import Figure
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook

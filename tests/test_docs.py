@@ -129,7 +129,7 @@ def write_weights(path):
 
 def run_in_process(script, *arguments, capture_errors):
     """In the place of reproduce.run_script."""
-    run_here(script.name, *arguments)
+    return run_here(script.name, *arguments).splitlines()
 
 
 def assert_parses(main, arguments):

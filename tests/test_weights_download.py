@@ -1,15 +1,12 @@
 """Published weights are downloaded, against a local server that plays the drive's answers."""
 import hashlib
-import http.server
-import io
-import re
-import threading
-import urllib.parse
+import resource
 
 import pytest
 import requests
 import torch
 from conftest import run_module_here
+from drive import saved
 
 from models import download, get_model
 from models.pose_encoder import PoseEncoder
@@ -18,75 +15,11 @@ SMALL = {"hidden_dim": 16, "backbone_type": "mobilenet"}
 NAMES = ["posenet_mobilenet_kingscollege", "pae_posenet_mobilenet_kingscollege"]
 
 
-def saved(module):
-    file = io.BytesIO()
-    torch.save(module.state_dict(), file)
-    return file.getvalue()
-
-
-class Drive(http.server.ThreadingHTTPServer):
-    """Answers as the drive does: a confirm page with a form first, then the file, from the byte that is asked for.
-
-    files: {id: bytes}. cut: bytes after which the connection breaks off, once. page: a page in the place of files.
-    """
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.cut, self.page, self.served = {}, None, None, []
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
-        drive, content = self.server, self.server.files.get(query.get("id", [""])[0])
-        if drive.page is not None or content is None or "confirm" not in query:
-            confirm = ('<html><body><form id="download-form" action="https://drive.usercontent.google.com/download">'
-                       f'<input type="hidden" name="id" value="{query.get("id", [""])[0]}">'
-                       '<input type="hidden" name="confirm" value="t"></form></body></html>')
-            page = (drive.page or confirm).encode()
-            self.send_response(200 if content is not None else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Length", str(len(page)))
-            self.end_headers()
-            self.wfile.write(page)
-            return
-        begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-        drive.served.append(begin)
-        self.send_response(206 if begin else 200)
-        self.send_header("Content-Type", "application/octet-stream")
-        self.send_header("Content-Disposition", 'attachment; filename="weights.pth"')
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(content) - begin))
-        if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(content[begin:drive.cut])
-        if drive.cut is not None:
-            self.close_connection = True
-
-
-@pytest.fixture
-def drive(monkeypatch):
-    server = Drive()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    send = requests.Session.request
-
-    def to_server(self, method, url, **options):
-        parts = urllib.parse.urlsplit(url)
-        assert parts.netloc.endswith("google.com")
-        return send(self, method, f"http://127.0.0.1:{server.server_port}{parts.path}?{parts.query}", **options)
-
-    monkeypatch.setattr(requests.Session, "request", to_server)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+@pytest.fixture(autouse=True)
+def files(drive):
     torch.manual_seed(0)
     for name, module in zip(NAMES, (get_model("posenet", "none", SMALL), PoseEncoder(16))):
-        server.files[download.FILES[name][1]] = saved(module)
-    yield server
-    server.shutdown()
+        drive.files[download.FILES[name][1]] = saved(module)
 
 
 def test_files_come_whole_are_checked_and_have_their_sums(drive, tmp_path):
@@ -141,3 +74,26 @@ def test_another_file_under_the_right_name_is_refused(drive, tmp_path):
     assert status == 2 and "a web page, not weights" in errors
     status, _, errors = run_module_here(download, "posenet_vgg")
     assert status == 2 and "posenet_vgg is not among the published weights" in errors
+
+
+def test_without_a_network_one_line_names_the_link_and_the_place(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise requests.ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(requests.Session, "request", refuse)
+    status, _, errors = run_module_here(download, *NAMES, "--to", tmp_path)
+    last = errors.splitlines()[-1]  # after those of gdown's tries
+    assert status == 2 and "the download failed" in last
+    assert f"file/d/{download.FILES[NAMES[0]][1]}/view in a browser" in last
+    assert f"save the file as {tmp_path / NAMES[0]}.pth" in last and not list(tmp_path.glob("*.pth"))
+
+
+def test_a_full_disk_leaves_no_weights(drive, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a file beyond it fails as on a full disk
+    try:
+        status, _, errors = run_module_here(download, NAMES[0], "--to", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and f"{NAMES[0]}.pth.part: cannot be written: File too large" in errors
+    assert not list(tmp_path.glob("*.pth"))
