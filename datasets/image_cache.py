@@ -11,15 +11,15 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from torchvision.transforms import Resize
 
 from datasets.images import read_header, read_image
 from util.errors import UserError
 from util.files import whole_file
 from util.progress import progress
+from util.quick_torchvision import torchvision
 
 SHORTER_SIDE = 256
-resize = Resize(SHORTER_SIDE)
+resize = torchvision.transforms.Resize(SHORTER_SIDE)
 # A file of frames has the pixels of all frames, one such row per frame, the rows' CRC-32 and the mark.
 _ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _MARK = b"frames 2"

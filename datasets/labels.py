@@ -26,6 +26,7 @@ from util.files import same_file, whole_file
 
 POSE_COLUMNS = ["t1", "t2", "t3", "q1", "q2", "q3", "q4"]
 COLUMNS = ["scene", "split", "seq", "img_path", *POSE_COLUMNS]
+EXPECTED_COLUMNS = ["expected_position_error_m", "expected_orientation_error_deg"]  # of predictions
 UNIT_TOLERANCE = 1e-3
 OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
 UNITS = ("m", "model units")
@@ -205,8 +206,12 @@ def _outliers(table):
                         if distance > OUTLIER_FACTOR * typical)
 
 
-def _parse(path, columns=COLUMNS):
-    """A label file's table as read_labels returns it, without unreadable rows; and these: a list of (row, problem)."""
+def read_table(path, columns):
+    """Read a CSV file as text: its header, and its rows that are not blank, a list of (row, cells).
+
+    Cells are stripped, and empty where a row has too few. Raises UserError for a file that is missing, empty or no
+    table, for two columns of one name, and where one of `columns` is missing.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = list(csv.reader(file, skipinitialspace=True, strict=True))
@@ -224,19 +229,21 @@ def _parse(path, columns=COLUMNS):
                   if len(header) == 1 and separator in header[0]]
         raise UserError(f"{path}: column '{missing[0]}' is missing; the columns must be {','.join(columns)}"
                         + (f", separated by commas, not by {others[0]}" if others else ""))
+    return header, [(row, line + [""] * (len(header) - len(line))) for row, line in enumerate(lines, 2) if any(line)]
 
+
+def _parse(path, columns=COLUMNS):
+    """A label file's table as read_labels returns it, without unreadable rows; and these: a list of (row, problem)."""
+    header, lines = read_table(path, columns)
     places = {column: header.index(column) for column in columns}
     rows, unreadable, n_rejected = [], [], 0
-    for row, line in enumerate(lines, start=2):
-        if not any(line):
-            continue
-        cells = line + [""] * (len(header) - len(line))
+    for row, cells in lines:
         if "rejected" in header and cells[header.index("rejected")] == "True":  # by --max_novelty
             n_rejected += 1
             continue
-        frame, problem = _parse_frame({column: cells[place] for column, place in places.items()})
-        if any(line[len(header):]):
-            problem = f"{len(line)} cells, but the header has {len(header)}"
+        frame, problem = parse_frame({column: cells[place] for column, place in places.items()})
+        if any(cells[len(header):]):
+            problem = f"{len(cells)} cells, but the header has {len(header)}"
         if problem:
             unreadable.append((row, problem))
         else:
@@ -249,8 +256,8 @@ def _parse(path, columns=COLUMNS):
     return table.astype({**dict.fromkeys(columns, str), **dict.fromkeys(POSE_COLUMNS, float), "row": int}), unreadable
 
 
-def _parse_frame(cells):
-    """A frame from a row's cells, {column: text}: its values, the pose as numbers; and a problem or None."""
+def parse_frame(cells):
+    """Return a frame from a row's cells, {column: text}: its values, the pose as numbers; and a problem or None."""
     for column in ("scene", "img_path"):
         if not cells.get(column, "not asked for"):
             return None, f"{column} '{cells[column]}' is empty"

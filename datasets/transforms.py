@@ -2,7 +2,8 @@
 import functools
 
 import torch
-from torchvision import transforms
+
+from util.quick_torchvision import torchvision
 
 SIZE = 224
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
@@ -13,6 +14,7 @@ def train_transform():
 
     PIL image, resized to a shorter side of 256 -> PIL image.
     """
+    transforms = torchvision.transforms
     return transforms.Compose([transforms.RandomCrop(SIZE), transforms.ColorJitter(0.5, 0.5, 0.5, 0.2)])
 
 
@@ -21,7 +23,7 @@ def test_transform():
 
     PIL image, resized to a shorter side of 256 -> PIL image.
     """
-    return transforms.CenterCrop(SIZE)
+    return torchvision.transforms.CenterCrop(SIZE)
 
 
 def to_input(images):

@@ -3,9 +3,8 @@ import logging
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 
-from datasets.labels import POSE_COLUMNS
+from datasets.labels import EXPECTED_COLUMNS, POSE_COLUMNS
 from engine.evaluation import milliseconds, one_thread
 from models.latent_memory import MIN_FRAMES
 from models.refinement import queries_of
@@ -15,7 +14,6 @@ from util.rotations import unit_poses
 
 RESULTS = ("novelty", "expected_errors")  # the keys of `novelty_of`
 TRUSTED = (0.5, 0.75, 0.9)  # shares of frames, the least novel ones
-EXPECTED = ("expected_position_error_m", "expected_orientation_error_deg")
 
 
 def novelty_of(run, encoder, encoder_path, results, corrected=False):
@@ -92,7 +90,7 @@ def add_columns(run, predictions, results):
         return
     predictions["novelty"] = results["novelty"].numpy()
     if "expected_errors" in results:
-        predictions[list(EXPECTED)] = results["expected_errors"].numpy()
+        predictions[EXPECTED_COLUMNS] = results["expected_errors"].numpy()
     if run.max_novelty is not None:
         predictions["rejected"] = ~(predictions["novelty"] <= run.max_novelty)  # NaN, too
         predictions.loc[predictions["rejected"], POSE_COLUMNS] = np.nan
@@ -132,4 +130,6 @@ def log_novelty(errors, novelty, expected=None, note=""):
 
 
 def _rank_correlation(a, b):
+    from scipy.stats import spearmanr  # here, since it takes half a second
+
     return spearmanr(a, b)[0] if np.ptp(a) > 0 and np.ptp(b) > 0 else float("nan")

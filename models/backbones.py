@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torchvision
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import url_map
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from models.checkpoints import check_numbers, read_module_tensors
 from models.cpu import avoid_slow_bf16
 from util.errors import UserError
+from util.quick_torchvision import torchvision
 
 # Endpoint of EfficientNet-B0: (number of blocks up to it, channels). Resolutions are 1/8 and 1/16 of the image's.
 ENDPOINTS = {"reduction_3": (5, 40), "reduction_4": (11, 112)}

@@ -10,7 +10,6 @@ Both are measured on held-out folds: stretches of training frames that are left 
 """
 import numpy as np
 import torch
-from scipy.optimize import isotonic_regression
 from torch import nn
 
 from util.metrics import pose_err
@@ -160,7 +159,7 @@ class LatentMemory(nn.Module):
         distances = [torch.pdist(self.poses[self.scenes == scene, :3]).mean().item() for scene in self.scenes.unique()]
         curves = []
         for error, guess in zip(errors, (np.mean(distances), _UNKNOWN[1]) * 2):
-            curve = np.interp(knots, novelty, isotonic_regression(error).x)
+            curve = np.interp(knots, novelty, _isotonic(error))
             curves.append(np.append(curve, max(guess, curve[-1])))
         knots = np.append(knots, _UNKNOWN[0] * usual)
         self.calibration = torch.tensor(np.stack((knots, *curves), axis=1)).to(self.unit)
@@ -244,6 +243,13 @@ def _trust(distance, predicted, errors):
     for part in (slice(3), slice(3, 6)):
         weights = predicted[:, part].square().sum(dim=1) + 1e-12
         ratios = (predicted[:, part] * errors[:, part]).sum(dim=1) / weights
-        share = isotonic_regression(ratios.numpy(), weights=weights.numpy(), increasing=False).x.clip(0, 1)
+        share = _isotonic(ratios.numpy(), weights=weights.numpy(), increasing=False).clip(0, 1)
         columns.append(np.interp(knots, distance, share))
     return torch.tensor(np.stack(columns, axis=1))
+
+
+def _isotonic(values, **options):
+    """The monotonic sequence that is nearest to values, by SciPy."""
+    from scipy.optimize import isotonic_regression  # here, since no test needs it
+
+    return isotonic_regression(values, **options).x

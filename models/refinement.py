@@ -6,7 +6,6 @@ latents. A solver corrects the query's pose by comparing its latents with the re
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import nnls
 
 from models import SOLVERS_WITH_NOISE
 from models.latent_memory import whitening
@@ -228,6 +227,8 @@ def simplex_weights(encoded, latents):
     objective is |A w|^2. The w >= 0 that minimises |A w|^2 + (sum w - 1)^2 is a positive multiple of the solution, as
     the optimality conditions of both problems show.
     """
+    from scipy.optimize import nnls  # here, since it takes as long to import as a test of a hundred frames
+
     differences = (encoded - latents.unsqueeze(1)).mT.double()
     scale = differences.norm(dim=1).amax(dim=1).clamp(min=1e-300)  # so that neither term dominates
     systems = F.pad(differences / scale[:, None, None], (0, 0, 0, 1), value=1).cpu().numpy()
