@@ -81,6 +81,7 @@ def start(args, suffix="", sections=()):
 
     device = device_of(args.device, config["device_id"])
     _start_torch(args.seed, device)
+    _warn_of_another_unit(args)
     run = Run(config, device, seed=args.seed, prefix=processes.broadcast(prefix) + suffix, labels_file=args.labels_file,
               cache_dir=args.cache_dir, predictions_path=args.predictions_path, max_novelty=args.max_novelty,
               tensorboard=args.tensorboard)
@@ -213,6 +214,18 @@ def _unit_of(args):
     from models.checkpoints import read_about
 
     return read_about(args.checkpoint_path).get("unit", "m") if args.checkpoint_path else "m"
+
+
+def _warn_of_another_unit(args):
+    """Warn where the APR was trained on labels of another unit than those that are given."""
+    from models.checkpoints import read_about
+
+    path = getattr(args, "apr_checkpoint_path", None) or getattr(args, "checkpoint_path", None)
+    trained_in = read_about(path).get("unit") if path else None
+    unit = _unit_of(args)
+    if trained_in is not None and trained_in != unit:
+        logging.warning("%s was trained on positions in %s, but those of %s are in %s: position errors mean nothing, "
+                        "unless it is trained anew", path, trained_in, args.labels_file, unit)
 
 
 def _check_predictions_path(args):

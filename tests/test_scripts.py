@@ -203,6 +203,7 @@ def test_a_label_files_unit_is_that_of_the_log_and_the_weights(layout, trainings
     output = run_here("main.py", *arguments(layout, "test", "unscaled.csv"), "--checkpoint_path", weights)
     assert re.search(r"^Median pose error: [\d.]+\[model units\], [\d.]+\[deg\]$", output, flags=re.MULTILINE)
     assert "[m]" not in output
+    assert re.search(r"final.pth was trained on positions in m, but those of .*unscaled.csv are in model units", output)
     assert json.loads(weights.with_suffix(".json").read_text())["unit"] == "m"
     output = run_here("main.py", *arguments(layout, "test", "test.csv"), "--checkpoint_path", weights)
     assert "[m]" in output and "model units" not in output
