@@ -2,6 +2,7 @@
 import logging
 import sys
 
+from engine.inputs import add_input_options, check_input_options, open_input
 from engine.run import about, parser, run_main, start
 from engine.short import in_full
 from models import APR_NAMES, MULTI_SCENE_APRS, SINGLE_SCENE_APRS
@@ -18,9 +19,7 @@ def main():
     options.add_argument("--encoder_checkpoint_path", metavar="PAE.pth",
                          help="in test and predict: the APR's PAE, to tell the novelty of frames and, in predict, to "
                               "correct their poses by what it remembers of training frames (default: none)")
-    options.add_argument("--as_stored", action="store_true",
-                         help="in predict: leave images as stored that have an EXIF orientation (default: turn them "
-                              "upright)")
+    add_input_options(options)
     args = options.parse_args()
     check(args)
     run = start(args, sections=("pose_encoder",) if args.encoder_checkpoint_path else ())
@@ -137,28 +136,32 @@ def test(run, args, apr, scene_names):
 
 
 def predict(run, args, apr, scene_names):
-    """Predict the poses of images without labels."""
-    from datasets.unlabelled import Images
+    """Predict the poses of images without labels, or of a video's frames."""
     from engine.evaluation import evaluate
     from engine.novelty import corrected
     from engine.report import read_training_poses, report_images
+    from engine.watch import watch
     from models import infer
     from models.checkpoints import read_about
     from util.errors import first_five
 
     apr.eval()
-    images = Images(args.dataset_path, args.as_stored)
+    if args.watch:
+        encoder = load_encoder(run, args, apr)
+        watch(run, apr, encoder, args.encoder_checkpoint_path, scene_names, args.dataset_path, args.as_stored)
+        return
+    images = open_input(args.dataset_path, args.as_stored, args.every)
     encoder = load_encoder(run, args, apr)
     results = evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
-    unreadable = [images.problem(i) for i in (~results["readable"]).nonzero().squeeze(1).tolist()]
-    if len(unreadable) == len(images):
+    unreadable = images.problems(results["readable"])
+    if not results["readable"].any():
         raise UserError(first_five(unreadable))
     if encoder is not None:
         results = corrected(run, encoder, args.encoder_checkpoint_path, results)
     trained_on = read_training_poses(read_about(args.checkpoint_path), encoder, apr.origin)
-    report_images(run, images.names, results, scene_names, apr.origin, trained_on)
+    report_images(run, images, results, scene_names, apr.origin, trained_on)
     if unreadable:
-        raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of the other images")
+        raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of {images.others}")
 
 
 def load_encoder(run, args, apr):
@@ -181,9 +184,7 @@ def check(args):
     if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
         raise UserError("predict takes images in the place of the dataset, - in that of the label file, and "
                         "--predictions_path, where the poses go")
-    if args.as_stored and args.mode != "predict":
-        raise UserError(f"--as_stored is for predict: {args.mode} takes frames as stored, as their labels are; leave "
-                        "it out")
+    check_input_options(args)
     if args.encoder_checkpoint_path is not None and args.mode == "train":
         raise UserError("--encoder_checkpoint_path is for test and predict; leave it out in training")
     if args.encoder_checkpoint_path is not None and args.model_name not in (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS):

@@ -35,14 +35,14 @@ from util.metrics import ause, ause_of_chance, changes, pose_err
 from util.rotations import mean_quaternion, unit_poses
 
 FRAMES, EPOCHS = 120, {"mobilenet": 10, "real": 20, "efficientnet": 6, "MS-Transformer": 6, "auxiliary": 100,
-                  "iAPR": 2}
+                  "iAPR": 12}
 POSENET = ["batch_size=32", "n_workers=1"]
 RENDERED = {"mobilenet": [f"n_epochs={EPOCHS['mobilenet']}", "lr_scheduler_step_size=4"],
             "efficientnet": [f"n_epochs={EPOCHS['efficientnet']}", "lr_scheduler_step_size=3"]}
 REAL = [f"n_epochs={EPOCHS['real']}"]
 MULTI_SCENE = [*MS_TRANSFORMER[1:], "n_workers=1", "batch_size=16", f"n_epochs={EPOCHS['MS-Transformer']}", "lr=1e-3",
                "lr_scheduler_step_size=2", "lr_scheduler_gamma=0.5", "s_x=-2", "s_q=-4"]
-IAPR_TRAINING = ["--method", "iapr", "--set", f"n_epochs={EPOCHS['iAPR']}", "lr=2e-4", "lr_scheduler_step_size=1"]
+IAPR_TRAINING = ["--method", "iapr", "--set", f"n_epochs={EPOCHS['iAPR']}", "lr=5e-4", "lr_scheduler_step_size=4"]
 K = 3
 N_QUERIES, N_REFERENCES = 1000, 7000  # of the costs
 MEAN, LEAKED = f"mean of {K} references", "LEAKED: paper's optimisation, references from the test labels"

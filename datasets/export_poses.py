@@ -4,7 +4,8 @@
         --convention {7Scenes,CambridgeLandmarks,colmap} [--frames LABELS.csv] [--name_parts N] [--model SPARSE]
 
 PREDICTIONS.csv is a label file, or what a script wrote with --predictions_path. With --frames its frames are counted as
-in LABELS.csv: trajectories of the same frames then have the same times, whatever their order. The convention is that of
+in LABELS.csv: trajectories of the same frames then have the same times, whatever their order. Predictions of a video
+have its times, unless --frames is given. The convention is that of
 the labels that the APR was trained on: quaternions of 7Scenes and of prepare_colmap are camera-to-world, Cambridge's
 world-to-camera. Positions are the camera's in all. visloc names an image by its file's name; --name_parts 2 keeps the
 folder before it, which is the camera's in some of the benchmark's datasets. colmap writes a folder, a COLMAP model of
@@ -19,6 +20,7 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import pandas as pd
 from scipy.spatial.transform import Rotation
 
 from datasets.labels import POSE_COLUMNS, poses_of, read_labels, write_labels
@@ -55,10 +57,11 @@ def world_to_camera(poses, convention):
 def tum(table, convention, frames=None):
     """Lines of a TUM trajectory: time, position, quaternion x y z w, camera-to-world.
 
-    The time is the frame's place, from 0, in the table, or among the names `frames`. Raises UserError for a frame that
-    is not among them, or appears twice.
+    The time is the frame's place, from 0, in the table, or among the names `frames`; without these the table's
+    `time_s`, if it has this column. Raises UserError for a frame that is not among them, or appears twice, and for a
+    time that is no number.
     """
-    times = range(len(table))
+    times = _times(table) if "time_s" in table else range(len(table))
     if frames is not None:
         places, names = {name: i for i, name in reversed(list(enumerate(frames)))}, table["img_path"]
         unknown = (f"is not in the file of --frames, which begins with '{frames.iloc[0]}': "
@@ -73,6 +76,14 @@ def tum(table, convention, frames=None):
     poses = np.hstack((positions, rotations.as_quat()))
     lines = sorted(zip(times, poses, strict=True), key=lambda line: line[0])
     return [f"{time} {_numbers(pose)}" for time, pose in lines]
+
+
+def _times(table):
+    """A table's times: N seconds."""
+    times = pd.to_numeric(table["time_s"], errors="coerce").to_numpy(float)
+    for i in np.flatnonzero(~np.isfinite(times))[:1]:
+        raise UserError(f"row {table['row'][i]}: time_s '{table['time_s'][i]}' is not a finite number")
+    return times.tolist()
 
 
 def visloc(table, convention, name_parts=1):
@@ -211,10 +222,10 @@ def _arguments():
     parser.add_argument("predictions", metavar="PREDICTIONS.csv", help="a file of --predictions_path, or a label file")
     parser.add_argument("output", metavar="OUT", help="the file to write; colmap: the folder")
     parser.add_argument("--format", required=True, choices=("tum", "visloc", "colmap", "labels"),
-                        help="tum: a trajectory (for evo), the frame's place in the file as time, camera-to-world, "
-                             "quaternion x y z w; visloc: name qw qx qy qz tx ty tz, world-to-camera; colmap: a "
-                             "COLMAP text model of images without points; labels: a label file (not for poses of "
-                             "predict, which have no scenes)")
+                        help="tum: a trajectory (for evo), as time time_s or else the frame's place in the file, "
+                             "camera-to-world, quaternion x y z w; visloc: name qw qx qy qz tx ty tz, world-to-camera; "
+                             "colmap: a COLMAP text model of images without points; labels: a label file (not for "
+                             "poses of predict, which have no scenes)")
     parser.add_argument("--convention", required=True, choices=CONVENTIONS,
                         help="whose convention the file's quaternions have: a dataset's, or that of labels of "
                              "prepare_colmap (camera-to-world, as 7Scenes)")
@@ -250,7 +261,7 @@ def main():
     """Write the file or folder that the command line asks for."""
     args = _arguments()
     columns, summary = ["img_path", *POSE_COLUMNS], ""
-    table = read_labels(args.predictions, *([] if args.format == "labels" else [columns]))
+    table = read_labels(args.predictions, *([] if args.format == "labels" else [columns, ("time_s",)]))
     frames = read_labels(args.frames, columns)["img_path"] if args.frames else None
     model = read_cameras(args.model) if args.format == "colmap" else None
     try:

@@ -33,16 +33,17 @@ UNITS = ("m", "model units")
 FAR_FACTOR = 10  # the same for the distance of the median position from the origin
 
 
-def read_labels(path, columns=COLUMNS):
+def read_labels(path, columns=COLUMNS, optional=()):
     """Read a label file: a DataFrame with `columns`, the pose as float64, and `row`, the row's number in the file.
 
     columns: the columns to read, in the order of COLUMNS, the pose and img_path among them; the file may lack others.
+    optional: more columns, as text, of which the file may have some.
 
     Raises UserError, with the file and the row, for a file that is missing, empty or no table, a missing column or
     cell, a pose that is not seven finite numbers or has a quaternion of zeros, and an image path outside the dataset.
     Predictions that were rejected as too novel are left out, with a warning.
     """
-    table, unreadable = _parse(path, columns)
+    table, unreadable = _parse(path, columns, optional)
     if unreadable:
         raise UserError(f"{path}: {first_five([f'row {row}: {problem}' for row, problem in unreadable])}")
     return table
@@ -232,9 +233,10 @@ def read_table(path, columns):
     return header, [(row, line + [""] * (len(header) - len(line))) for row, line in enumerate(lines, 2) if any(line)]
 
 
-def _parse(path, columns=COLUMNS):
+def _parse(path, columns=COLUMNS, optional=()):
     """A label file's table as read_labels returns it, without unreadable rows; and these: a list of (row, problem)."""
     header, lines = read_table(path, columns)
+    columns = [*(column for column in optional if column in header), *columns]
     places = {column: header.index(column) for column in columns}
     rows, unreadable, n_rejected = [], [], 0
     for row, cells in lines:

@@ -6,6 +6,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from datasets.resources import limit_workers
 from datasets.transforms import SIZE
+from datasets.video import VideoFrames
 from util import processes
 from util.errors import UserError
 from util.seeds import epoch_order
@@ -13,6 +14,8 @@ from util.seeds import epoch_order
 
 def test_batches(dataset, batch_size, n_workers):
     """A loader of this rank's shard of a dataset, in the dataset's order."""
+    if isinstance(dataset, VideoFrames):  # which has an order of its own
+        return dataset.batches(batch_size)
     positions = processes.shard([(0, position) for position in range(len(dataset))])
     return _loader(dataset, BatchSampler(positions, batch_size, drop_last=False), batch_size, n_workers)
 

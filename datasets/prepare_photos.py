@@ -1,15 +1,16 @@
 """Label files of your own photos: COLMAP, by pycolmap, computes where each was taken. It needs no GPU.
 
     python -m datasets.prepare_photos PHOTOS OUT [--name attic] [--every N]
-                                      [--scale_by IMG_A IMG_B METRES | --scale_by_gps]
+                                      [--scale_by IMG_A IMG_B METRES | --scale_by_gps] [--fps F]
 
-PHOTOS is a folder, or a pattern in quotes. OUT gets the photos, upright, in OUT/images, COLMAP's model of them in
-OUT/sparse, and the label files <name>_train.csv and <name>_test.csv, whose images are relative to OUT/images. An
-existing model in OUT is used again.
+PHOTOS is a folder, a pattern in quotes, or a video, of which two frames per second are taken (--fps). OUT gets the
+photos, upright, in OUT/images, COLMAP's model of them in OUT/sparse, and the label files <name>_train.csv and
+<name>_test.csv, whose images are relative to OUT/images. An existing model in OUT is used again.
 """
 import argparse
 import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import combinations
@@ -37,6 +38,7 @@ from datasets.preparation import (
 from datasets.prepare_colmap import find_model, read_model
 from datasets.resources import n_cores
 from datasets.unlabelled import find_images, folder_of
+from datasets.video import is_video, write_photos
 from util import cli
 from util.errors import UserError, first_five
 from util.files import writing
@@ -287,22 +289,32 @@ def parse_arguments():
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m datasets.prepare_photos",
                                      description="Turn photos of a scene into label files, by COLMAP.")
-    parser.add_argument("photos", metavar="PHOTOS", help="a folder with photos, or a pattern in quotes")
+    parser.add_argument("photos", metavar="PHOTOS", help="a folder with photos, a pattern in quotes, or a video")
     parser.add_argument("out", metavar="OUT", type=Path,
                         help="the folder to write images/, sparse/, <name>_train.csv and <name>_test.csv to")
     parser.add_argument("--name", metavar="NAME", help="the scene's name (default: that of the OUT folder)")
     add_split(parser)
+    parser.add_argument("--fps", metavar="F", type=float, help="of a video: the frames per second to take (default: 2)")
     scale = parser.add_mutually_exclusive_group()
     add_scale_by(scale)
     scale.add_argument("--scale_by_gps", action="store_true", help="scale the model by the photos' GPS positions")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.fps is not None and not (is_video(args.photos) and 0 < args.fps < np.inf):
+        raise UserError("--fps: is for a video, and a number above 0; leave it out with photos")
+    return args
 
 
 def main():
     """Write the label files that the command line asks for."""
     args = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(args, write_photos(args.photos, folder, args.fps or 2) if is_video(args.photos) else args.photos)
+
+
+def prepare(args, folder):
+    """Write the label files of the photos in a folder, or of a pattern. args: of `parse_arguments`."""
     scene = check_scene_name("--name", args.name, args.out)
-    photos, left_out = find_photos(args.photos, args.out)
+    photos, left_out = find_photos(folder, args.out)
     if left_out:
         print(f"Left out of {args.photos}: {left_out}")
     if args.scale_by is not None:  # before COLMAP computes for hours

@@ -2,6 +2,7 @@
 import glob
 import logging
 import os
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,8 @@ from datasets.frames import Frames
 from datasets.images import HEIF_ADVICE, HEIF_EXTENSIONS, IMAGE_EXTENSIONS, UnreadableImage, path_is
 from datasets.labels import natural_key
 from datasets.transforms import SIZE, test_transform
-from util.errors import UserError
+from util import processes
+from util.errors import UserError, first_five
 
 
 class Images(Frames):
@@ -22,12 +24,28 @@ class Images(Frames):
     indexed as those of CameraPoseDataset.
     """
 
+    times = None  # images have none; the frames of a video have
+    others = "the other images"  # that are predicted where some cannot be read
+
     def __init__(self, images, as_stored=False):
         """Find the images. Raises UserError where there is none; logs what else a folder holds.
 
-        images: a folder, which is searched with its subfolders; an image; or a pattern as in a shell.
+        images: a folder, which is searched with its subfolders; an image; a pattern as in a shell; or -, a list on
+            standard input.
         as_stored: leave images with an EXIF orientation as stored (default: turn them upright).
         """
+        self.names, root = self._find(images)
+        super().__init__([os.path.join(root, name) for name in self.names], upright=not as_stored)
+        self.transform = test_transform()
+        self.log_orientations("left as stored (--as_stored)" if as_stored
+                              else "turned upright (--as_stored leaves them as stored)")
+
+    def _find(self, images):
+        """The names of images, in natural order or as listed, and the folder that holds them all."""
+        if images == "-":
+            found = read_list()
+            root = folder_of(images, found)
+            return [os.path.relpath(path, root) for path in found], root
         found, left_out = find_images(images)
         if left_out:
             logging.info("Left out of %s: %s", images, left_out)
@@ -36,11 +54,7 @@ class Images(Frames):
             raise UserError(f"{images}: no image{f', but {left_out}' if left_out else ''}; give a folder with images, "
                             f"an image, or a pattern in quotes, such as 'photos/*.jpg'{brackets}")
         root = folder_of(images, found)
-        self.names = sorted((os.path.relpath(path, root) for path in found), key=natural_key)
-        super().__init__([os.path.join(root, name) for name in self.names], upright=not as_stored)
-        self.transform = test_transform()
-        self.log_orientations("left as stored (--as_stored)" if as_stored
-                              else "turned upright (--as_stored leaves them as stored)")
+        return sorted((os.path.relpath(path, root) for path in found), key=natural_key), root
 
     def __len__(self):
         """The number of images."""
@@ -62,13 +76,29 @@ class Images(Frames):
             return {"img": torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), "readable": False}
         return {"img": torch.from_numpy(np.array(self.transform(Image.fromarray(pixels)))), "readable": True}
 
-    def problem(self, i):
-        """Why image i, which could not be read, is unreadable, in words."""
+    def problems(self, readable):
+        """Why the images that could not be read are unreadable, in words: a list. readable: of all images."""
+        return [self._why(i) for i in (~readable).nonzero().squeeze(1).tolist()]
+
+    def _why(self, i):
         try:
             super().read(i)
         except UnreadableImage as error:
             return str(error)
         return f"image {self.paths[i]} cannot be read (it could not be before; it has changed)"
+
+
+def read_list():
+    """The paths on standard input, one per line. Raises UserError for none, and for lines that are no file."""
+    text = os.fsdecode(sys.stdin.buffer.read()) if processes.rank() == 0 else None
+    lines = [line.removesuffix("\r") for line in processes.broadcast(text).split("\n")]
+    missing = [f"line {i}: no file '{line}'" for i, line in enumerate(lines, start=1)
+               if line and not os.path.isfile(line)]
+    if missing:
+        raise UserError(f"standard input: {first_five(missing)}")
+    if not any(lines):
+        raise UserError("standard input: no image; give paths of images, one per line")
+    return [line for line in lines if line]
 
 
 def find_images(images):

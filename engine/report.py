@@ -120,32 +120,45 @@ def read_training_poses(about_weights, encoder, origin):
     return np.zeros((0, 7)) if encoder is None else to_world(encoder.memory.poses, origin).cpu().numpy()
 
 
-def report_images(run, names, results, scene_names, origin, trained_on):
+def report_images(run, images, results, scene_names, origin, trained_on):
     """Write the predicted poses of images without labels, draw them, and log how long they took.
 
-    names: paths of the N images. results, scene_names: as for `report`; 'readable', N, says which images have a pose,
-    and for multi-scene models 'scene_log_distr' is N x num_scenes. origin: the APR's. trained_on: poses that it was
-    trained on, M x 7, perhaps none.
+    images: their `names`, N, and `times`, N seconds or None. results: as for `image_table`, and 'readable', N, says
+    which images have a pose. trained_on: poses that the APR was trained on, M x 7, perhaps none.
     """
     readable = results["readable"]
-    names = [name for name, is_readable in zip(names, readable.tolist()) if is_readable]
-    predictions = pd.DataFrame({"img_path": names})
-    predictions[POSE_COLUMNS] = unit_poses(to_world(results["pose"][readable], origin)).numpy()
-    if "apr_pose" in results:
-        of_apr = unit_poses(to_world(results["apr_pose"][readable], origin)).numpy()
-        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = of_apr
-    if "scene" in results:
-        scenes, log_distr = results["scene"][readable], results["scene_log_distr"][readable]
-        predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in scenes.numpy()]
-        predictions["scene_probability"] = log_distr.exp().max(dim=1).values.numpy()
+    table = pd.DataFrame({"img_path": images.names})
+    if images.times is not None:
+        table["time_s"] = images.times
+    of_images = {key: rows[readable] for key, rows in results.items() if key != "milliseconds_alone"}
+    predictions = image_table(run, table[readable.numpy()].reset_index(drop=True), of_images, scene_names, origin)
+    if "predicted_scene" in predictions:
         counts = predictions["predicted_scene"].value_counts()
         logging.info("Scenes: %s", ", ".join(f"{name} {n}" for name, n in counts.items()))
-    add_columns(run, predictions, {key: results[key][readable] for key in RESULTS if key in results})
     logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
     write_labels(run.predictions_path, predictions)
-    logging.info("Predictions: %d poses in %s", len(names), run.predictions_path)
+    logging.info("Predictions: %d poses of %d images in %s", predictions["t1"].notna().sum(), len(predictions),
+                 run.predictions_path)
     logging.info("Picture: %s", draw_predictions(f"{run.prefix}_predicted.png", trained_on,
                                                  predictions[POSE_COLUMNS].to_numpy(), predictions.get("novelty")))
+
+
+def image_table(run, table, results, scene_names, origin):
+    """A table of N images with the columns of their predictions added.
+
+    results, scene_names: as for `report`; for multi-scene models 'scene_log_distr' is N x num_scenes. origin: the
+    APR's.
+    """
+    predictions = table.copy()
+    predictions[POSE_COLUMNS] = unit_poses(to_world(results["pose"], origin)).numpy()
+    if "apr_pose" in results:
+        of_apr = unit_poses(to_world(results["apr_pose"], origin)).numpy()
+        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = of_apr
+    if "scene" in results:
+        predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in results["scene"].numpy()]
+        predictions["scene_probability"] = results["scene_log_distr"].exp().max(dim=1).values.numpy()
+    add_columns(run, predictions, results)
+    return predictions
 
 
 def log_errors(tested, labels_file, errors, apr_errors, results, note=""):

@@ -120,7 +120,8 @@ def parser(description, models, modes=("train", "test")):
                            help="the backbone's weights: a .pth file, 'imagenet' (downloaded) or 'none' (random); "
                                 "with an APR checkpoint, the checkpoint brings them")
     arguments.add_argument("dataset_path", metavar="DATASET", help="the folder that image paths are relative to" + (
-                               "; to predict, images: a folder, or a pattern in quotes" if "predict" in modes else ""))
+                               "; to predict, images: a folder, a pattern in quotes, - for a list on standard input, "
+                               "or a video" if "predict" in modes else ""))
     arguments.add_argument("labels_file", metavar="LABELS", help="the label file (CSV) to train or test on"
                            + ("; to predict, -" if "predict" in modes else ""))
     arguments.add_argument("config_file", metavar="CONFIG", help="the hyper-parameters, such as config.json")
@@ -256,7 +257,8 @@ def _start_log(args, suffix):
             remove_parts(f"{glob.escape(args.output_dir)}/run_*.part", older_than=60)
             prefix, log = _new_log(os.path.join(args.output_dir, time.strftime("run_%d_%m_%y_%H_%M")))
             lock(log)
-    log_to(f"{prefix}.log", log, args.verbose)
+    rows_on_stdout = args.predictions_path == "-" and getattr(args, "watch", False)
+    log_to(f"{prefix}.log", log, args.verbose, sys.stderr if rows_on_stdout else None)
     return prefix
 
 

@@ -17,7 +17,8 @@ def in_full(arguments):
     """The published form of the arguments of a short predict, which begin with 'predict'."""
     parser = argparse.ArgumentParser(prog="main.py predict", description=__doc__.splitlines()[0], epilog=(
         "All options of main.py can follow; python main.py -h lists them."))
-    parser.add_argument("photos", metavar="PHOTOS", help="a folder of images, an image, or a pattern in quotes")
+    parser.add_argument("photos", metavar="PHOTOS", help="a folder of images, an image, a pattern in quotes, - for a "
+                                                         "list on standard input, or a video")
     parser.add_argument("--checkpoint_path", metavar="W.pth", required=True, help="the APR's weights")
     parser.add_argument("--encoder_checkpoint_path", metavar="PAE.pth",
                         help="the APR's PAE, which corrects the poses and tells their novelty (default: none)")

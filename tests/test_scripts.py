@@ -159,7 +159,7 @@ def test_predict_gives_the_poses_that_a_test_gives(layout, trainings):
         output = run_here("main.py", *listed, *checkpoint, "--predictions_path", layout / "predicted.csv")
         table = pd.read_csv(layout / "predicted.csv")
         assert list(table) == ["img_path", *POSE] and table["img_path"].tolist() == names
-        assert f"Predictions: {len(names)} poses in {layout / 'predicted.csv'}" in output
+        assert f"Predictions: {len(names)} poses of {len(names)} images in {layout / 'predicted.csv'}" in output
         of_test = tested[tested["img_path"].str.split("/").str[-1].isin(name.split("/")[-1] for name in names)]
         assert np.allclose(table[POSE].iloc[:len(of_test)], of_test[POSE], atol=1e-5)
 

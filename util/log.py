@@ -10,12 +10,13 @@ from util.units import in_unit
 DETAIL = {"detail": True}  # `extra` of records that the screen shows only when it is verbose
 
 
-def log_to(path, descriptor, verbose=False):
+def log_to(path, descriptor, verbose=False, screen=None):
     """Send log records to the screen and to an open file.
 
     path: the file's name, for error messages; descriptor: the open file's. verbose: show DETAIL records on the screen.
+    screen: the stream that is the screen (default: the standard output).
     """
-    to_file, to_screen = _LogFile(path, descriptor), _Screen(sys.stdout)
+    to_file, to_screen = _LogFile(path, descriptor), _Screen(screen or sys.stdout)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     to_screen.addFilter(lambda record: record.levelno < logging.ERROR)  # util.cli prints errors to stderr
     for handler in (to_file, to_screen):
@@ -36,6 +37,16 @@ def _say_unit(record):
 def log_nowhere():
     """Drop log records, on ranks other than 0."""
     logging.basicConfig(handlers=[logging.NullHandler()], force=True)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Within the block, drop log records below warnings."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class _LogFile(logging.Handler):
