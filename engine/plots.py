@@ -326,4 +326,4 @@ def save(figure, path):
     for text in figure.findobj(lambda artist: isinstance(artist, Text) and "[m]" in artist.get_text()):
         text.set_text(in_unit(text.get_text()))
     with whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format="png", dpi=120, pil_kwargs={"compress_level": 2})  # a third of the time
