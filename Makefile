@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: test soak lint demo demo-multiscene
+.PHONY: test soak lint gpu demo demo-multiscene
 # Two processes with a thread each take two thirds of the time of one process with two threads.
 test: $(VENV)/installed-dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -13,6 +13,10 @@ soak: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+
+# Whether everything works on a GPU, and how fast: at most 25 minutes.
+gpu: $(VENV)/installed
+	$(VENV)/bin/python -m bench.gpu
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python demo.py

@@ -56,11 +56,16 @@ def show(args, tables):
         print(f"\n{title}\n")
         print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
         for row in rows:
-            cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()]
-            print(f"| {' | '.join(cells)} |")
+            print(f"| {' | '.join(map(_cell, row.values()))} |")
     with whole_file(args.json) as file:
         json.dump({"machine": machine, **tables}, file, indent=1)
     print(f"\n{machine}\n{args.json}")
+
+
+def _cell(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(part)}" for key, part in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _processor():

@@ -72,14 +72,14 @@ def loader_rows(title, dataset_path, labels_file, workers):
     return rows
 
 
-def waiting_row(dataset_path, labels_file, n_workers, device):
-    """A row of a table: how much of a PoseNet training's second epoch is spent waiting for data."""
+def waiting_row(dataset_path, labels_file, n_workers, device, n_batches=N_BATCHES["training"], batch_size=BATCH_SIZE):
+    """A row of a table: how much of a PoseNet training's second epoch, of n_batches, is spent waiting for data."""
     dataset = CameraPoseDataset(dataset_path, labels_file, train_transform())
     dataset.cache_frames()
     apr, pose_loss = load_apr("posenet", "none", dict(CONFIG)).to(device), CameraPoseLoss(CONFIG).to(device)
     apr.precision = resolve("auto", device)
     optimizer = torch.optim.Adam(apr.parameters(), lr=1e-3, fused=True)
-    epochs = train_batches(Repeated(dataset, N_BATCHES["training"] * BATCH_SIZE), BATCH_SIZE, n_workers, seed=0)
+    epochs = train_batches(Repeated(dataset, n_batches * batch_size), batch_size, n_workers, seed=0)
     for epoch in range(2):
         synchronize(device)
         begin, waited, n = time.perf_counter(), 0.0, 0

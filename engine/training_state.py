@@ -46,16 +46,20 @@ class TrainingState:
         if self.average_start != n_steps:
             self.average, self.average_start = None, n_steps
 
+    @torch.no_grad()
     def count_step(self, loss):
         """Note a step's loss, and take its weights into the average where it is due."""
         self.losses.append(loss)
         if len(self.losses) > self.average_start:
             if self.average is None:
                 self.average = self._new_average()
-            self.average.update_parameters(self.weights)
+            # Not update_parameters: it copies the count to the GPU, which makes every step wait, and rounds 1 / n.
+            self.average.n_averaged += 1
+            means = list(self.average.module.parameters())
+            torch._foreach_lerp_(means, list(self.weights), 1 / int(self.average.n_averaged))
 
     def _new_average(self):
-        return AveragedModel(self.weights, multi_avg_fn=_update_mean)
+        return AveragedModel(self.weights)
 
     def count_epoch(self, lr, loss, errors):
         """Note an epoch's curves. Validation fills the last two in later."""
@@ -127,8 +131,3 @@ class TrainingState:
         self.norm_counters = state["norm_counters"]
         if [type(n) for n in self.norm_counters] != [int] * len(self.norms):
             raise ValueError("its batch norms differ")
-
-
-def _update_mean(means, weights, n_averaged):
-    """Take weights into the mean of n others. PyTorch's own function rounds 1 / (n + 1) to single precision."""
-    torch._foreach_lerp_(means, weights, 1 / (int(n_averaged) + 1))

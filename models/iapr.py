@@ -8,7 +8,7 @@ from torch import nn
 
 from models.ms_transformer import EMSTransPoseNet, PoseRegressor
 from models.pose_encoder import MultiScenePoseEncoder
-from util.rotations import conjugate, multiply_quaternions, on_side_of, unit_poses
+from util.rotations import conjugate, multiply_quaternions, unit_poses
 
 _LAYERS, _HEADS, _FEED_FORWARD = 2, 4, 2048
 
@@ -89,7 +89,7 @@ def moved_back(pose, relative):
     relative, with a positive scalar, as published: the encoder tells the signs of a quaternion apart.
     """
     orientation = multiply_quaternions(pose[:, 3:], conjugate(unit_poses(relative)[:, 3:]))
-    orientation = on_side_of(orientation, torch.tensor([1.0, 0, 0, 0], device=pose.device))
+    orientation = torch.where(orientation[:, :1] < 0, -orientation, orientation)
     return torch.cat((pose[:, :3] - relative[:, :3], orientation), dim=1)
 
 

@@ -7,13 +7,14 @@ import torch
 from conftest import ROOT, run_here, run_module_here, write_labels, write_scene
 
 from bench import models, refinement
-from bench.models import Variant
+from bench.variants import Variant
 
 
 @pytest.mark.parametrize("name, arguments, rows", [
     ("models", ["--models", "posenet-mobilenet", "--precisions", "plain", "fp32", "--batch_sizes", "1", "--rounds", "1",
                 "--seconds", "0.1"], {"Models": 2, "Compared": 1}),
     ("pae", ["--times", "2"], {"PAE and refiner of PoseNet MobileNetV2": 2}),
+    ("export", ["--models", "posenet-efficientnet", "--rounds", "1", "--frames", "2"], {"Exported networks": 4}),
 ])
 def test_a_benchmark_prints_its_tables_and_writes_them(tmp_path, monkeypatch, name, arguments, rows):
     monkeypatch.chdir(ROOT)
