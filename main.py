@@ -1,25 +1,35 @@
-"""Train or test an absolute pose regressor (APR), or predict the poses of one's own images."""
+"""Train or test an absolute pose regressor (APR), predict the poses of one's own images, or export it to ONNX."""
 import logging
 import sys
 
 from engine.inputs import add_input_options, check_input_options, open_input
 from engine.run import about, parser, run_main, start
-from engine.short import in_full
+from engine.short import in_full, names_onnx_file
 from models import APR_NAMES, MULTI_SCENE_APRS, SINGLE_SCENE_APRS
 from util.errors import UserError
 
 
 def main():
-    if sys.argv[1:2] == ["predict"]:
+    if sys.argv[1:2] == ["predict"] and names_onnx_file(sys.argv[2:]):
+        from engine import onnx_predict
+
+        return onnx_predict.predict(sys.argv[2:])
+    if sys.argv[1:2] in (["predict"], ["export"]):
         sys.argv[1:] = in_full(sys.argv[1:])
-    options = parser(__doc__, APR_NAMES, modes=("train", "test", "predict"))
+    options = parser(__doc__, APR_NAMES, modes=("train", "test", "predict", "export"))
     options.add_argument("--checkpoint_path", metavar="FILE.pth",
                          help="the APR's weights: to start from in training, else required (default: none in "
                               "training)")
     options.add_argument("--encoder_checkpoint_path", metavar="PAE.pth",
-                         help="in test and predict: the APR's PAE, to tell the novelty of frames and, in predict, to "
+                         help="except in training: the APR's PAE, to tell the novelty of frames and, in predict, to "
                               "correct their poses by what it remembers of training frames (default: none)")
     add_input_options(options)
+    options.add_argument("--export_path", metavar="FILE.onnx", help="in export: the file to write")
+    options.add_argument("--input", choices=("frames", "tensor"), default="frames",
+                         help="in export: what the file takes, frames of any size (uint8, N x H x W x 3) or normalised "
+                              "tensors, N x 3 x 224 x 224 (default: frames)")
+    options.add_argument("--quantize", choices=("int8",),
+                         help="in export: quantise the network, calibrated on frames of LABELS (default: fp32)")
     args = options.parse_args()
     check(args)
     run = start(args, sections=("pose_encoder",) if args.encoder_checkpoint_path else ())
@@ -31,7 +41,7 @@ def main():
 
     apr = load_apr(args.model_name, args.backbone_path, run.config, args.checkpoint_path).to(run.device)
     scene_names = scene_names_of(args.model_name, run.config, args.checkpoint_path)
-    {"train": train, "test": test, "predict": predict}[args.mode](run, args, apr, scene_names)
+    {"train": train, "test": test, "predict": predict, "export": export}[args.mode](run, args, apr, scene_names)
 
 
 def train(run, args, apr, scene_names):
@@ -164,6 +174,28 @@ def predict(run, args, apr, scene_names):
         raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of {images.others}")
 
 
+def export(run, args, apr, scene_names):
+    """Write an APR, and the novelty that its PAE tells, as an ONNX file."""
+    from engine.onnx_export import Estimator, describe_weights, export_network, with_preprocessing, write_model
+    from engine.run import unit_of
+    from models import freeze
+
+    apr = apr.cpu()
+    freeze(apr)
+    encoder = load_encoder(run, args, apr)
+    if encoder is not None and not len(encoder.memory):
+        logging.info("No novelty: %s remembers no training frames", args.encoder_checkpoint_path)
+    logging.info("Converting the network, which takes up to a minute")
+    model = export_network(Estimator(apr, encoder))
+    if args.quantize:
+        from engine.onnx_quantize import quantised
+
+        model = quantised(run, model, args.dataset_path, scene_names)
+    if args.input == "frames":
+        model = with_preprocessing(model)
+    write_model(args.export_path, model, describe_weights(args, scene_names, unit_of(args)))
+
+
 def load_encoder(run, args, apr):
     """The PAE of --encoder_checkpoint_path, or None without that option."""
     if args.encoder_checkpoint_path is None:
@@ -181,12 +213,21 @@ def check(args):
     """Raise UserError for arguments that do not fit together, before anything slow is loaded."""
     if args.mode != "train" and args.checkpoint_path is None:
         raise UserError(f"{args.mode} needs --checkpoint_path, the weights of the APR")
+    if args.mode == "predict" and args.checkpoint_path.endswith(".onnx"):
+        raise UserError(f"{args.checkpoint_path}: an ONNX file takes the short form, python main.py predict PHOTOS "
+                        "--checkpoint_path FILE.onnx")
     if args.mode == "predict" and (args.labels_file != "-" or args.predictions_path is None):
         raise UserError("predict takes images in the place of the dataset, - in that of the label file, and "
                         "--predictions_path, where the poses go")
     check_input_options(args)
+    if args.mode == "export":
+        from engine.onnx_file import check_export
+
+        check_export(args)
+    elif args.export_path is not None or args.quantize is not None or args.input != "frames":
+        raise UserError(f"--export_path, --input and --quantize are for export, not for {args.mode}; leave them out")
     if args.encoder_checkpoint_path is not None and args.mode == "train":
-        raise UserError("--encoder_checkpoint_path is for test and predict; leave it out in training")
+        raise UserError("--encoder_checkpoint_path is for test, predict and export; leave it out in training")
     if args.encoder_checkpoint_path is not None and args.model_name not in (*SINGLE_SCENE_APRS, *MULTI_SCENE_APRS):
         raise UserError(f"{args.model_name} returns no latents, so it can have no PAE: leave --encoder_checkpoint_path "
                         "out")

@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from PIL import Image
-from torch.utils.data import Dataset
 
 from datasets.image_cache import cache_in_file, cache_in_memory, read_frame
 from datasets.images import UnreadableImage, read_header
@@ -14,8 +13,8 @@ from util.errors import UserError, first_five
 from util.progress import progress
 
 
-class Frames(Dataset):
-    """Image files, resized as the published transforms resize them. The base of the datasets."""
+class Frames:
+    """Image files, resized as the published transforms resize them. Loads no PyTorch: PIL images alone."""
 
     def __init__(self, paths, upright=False):
         """paths: the image files. upright: turn them as their EXIF orientation says."""

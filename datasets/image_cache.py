@@ -11,15 +11,14 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from PIL import Image
 
 from datasets.images import read_header, read_image
 from util.errors import UserError
 from util.files import whole_file
 from util.progress import progress
-from util.quick_torchvision import torchvision
 
 SHORTER_SIDE = 256
-resize = torchvision.transforms.Resize(SHORTER_SIDE)
 # A file of frames has the pixels of all frames, one such row per frame, the rows' CRC-32 and the mark.
 _ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _MARK = b"frames 2"
@@ -109,6 +108,18 @@ def read_frame(path, upright=False):
     return resize(read_image(path, upright))
 
 
+def resize(image):
+    """A PIL image with a shorter side of 256, as torchvision's Resize, without loading PyTorch."""
+    height, width = resized_shape(image.height, image.width)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def resized_shape(height, width):
+    """(height, width) of an image after `resize`: the longer side is rounded down."""
+    longer = int(SHORTER_SIDE * max(width, height) / min(width, height))
+    return (SHORTER_SIDE, longer) if height <= width else (longer, SHORTER_SIDE)
+
+
 def _decode(paths, read, n_threads):
     """The signature and the pixels of each frame in order, decoded by threads (the decoders release Python's lock)."""
     def decode(i):
@@ -162,8 +173,4 @@ def _resized_shape(path):
     The result is (0, 0) for a file that cannot be read; that is reported when it is decoded.
     """
     height, width, _ = read_header(path)
-    if not height:
-        return 0, 0
-    shorter, longer = min(width, height), max(width, height)
-    longer = int(SHORTER_SIDE * longer / shorter)
-    return (SHORTER_SIDE, longer) if height == shorter else (longer, SHORTER_SIDE)
+    return resized_shape(height, width) if height else (0, 0)

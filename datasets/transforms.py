@@ -6,7 +6,7 @@ import torch
 from util.quick_torchvision import torchvision
 
 SIZE = 224
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation
 
 
 def train_transform():
@@ -38,4 +38,4 @@ def to_input(images):
 @functools.cache  # a copy per batch would make the device wait
 def _imagenet(device):
     """ImageNet's mean and standard deviation, each 1 x 3 x 1 x 1."""
-    return torch.tensor(_IMAGENET, device=device).view(2, 1, 3, 1, 1)
+    return torch.tensor(IMAGENET, device=device).view(2, 1, 3, 1, 1)

@@ -6,13 +6,11 @@ import sys
 from collections import Counter
 
 import numpy as np
-import torch
 from PIL import Image
 
 from datasets.frames import Frames
 from datasets.images import HEIF_ADVICE, HEIF_EXTENSIONS, IMAGE_EXTENSIONS, UnreadableImage, path_is
 from datasets.labels import natural_key
-from datasets.transforms import SIZE, test_transform
 from util import processes
 from util.errors import UserError, first_five
 
@@ -36,7 +34,6 @@ class Images(Frames):
         """
         self.names, root = self._find(images)
         super().__init__([os.path.join(root, name) for name in self.names], upright=not as_stored)
-        self.transform = test_transform()
         self.log_orientations("left as stored (--as_stored)" if as_stored
                               else "turned upright (--as_stored leaves them as stored)")
 
@@ -69,16 +66,20 @@ class Images(Frames):
 
     def __getitem__(self, item):
         """The item at (epoch, position); see the class."""
+        import torch  # here, since predictions by an ONNX file do without
+
+        from datasets.transforms import SIZE, test_transform
+
         _, i = item
         pixels = None if self.cache is None else self.cache[i]
         pixels = np.asarray(self.read(i) if pixels is None else pixels)
         if not pixels.size:
             return {"img": torch.zeros(SIZE, SIZE, 3, dtype=torch.uint8), "readable": False}
-        return {"img": torch.from_numpy(np.array(self.transform(Image.fromarray(pixels)))), "readable": True}
+        return {"img": torch.from_numpy(np.array(test_transform()(Image.fromarray(pixels)))), "readable": True}
 
     def problems(self, readable):
         """Why the images that could not be read are unreadable, in words: a list. readable: of all images."""
-        return [self._why(i) for i in (~readable).nonzero().squeeze(1).tolist()]
+        return [self._why(i) for i in np.flatnonzero(~np.asarray(readable))]
 
     def _why(self, i):
         try:

@@ -4,7 +4,6 @@ import logging
 import numpy as np
 import torch
 
-from datasets.labels import EXPECTED_COLUMNS, POSE_COLUMNS
 from engine.evaluation import milliseconds, one_thread
 from models.latent_memory import MIN_FRAMES
 from models.refinement import queries_of
@@ -79,23 +78,6 @@ def check_max_novelty(run, encoder, encoder_path):
     if run.max_novelty is not None and not (encoder and len(encoder.memory)):
         problem = forgotten(encoder_path) if encoder else f"{encoder_path} does not exist; give the APR's PAE"
         raise UserError(f"--max_novelty needs novelty: {problem}")
-
-
-def add_columns(run, predictions, results):
-    """Add novelty and expected errors, where there are any, to a table of predictions. Reject what is too novel.
-
-    A frame whose novelty is above run.max_novelty keeps its row, with an empty pose.
-    """
-    if "novelty" not in results:
-        return
-    predictions["novelty"] = results["novelty"].numpy()
-    if "expected_errors" in results:
-        predictions[EXPECTED_COLUMNS] = results["expected_errors"].numpy()
-    if run.max_novelty is not None:
-        predictions["rejected"] = ~(predictions["novelty"] <= run.max_novelty)  # NaN, too
-        predictions.loc[predictions["rejected"], POSE_COLUMNS] = np.nan
-        logging.info("Rejected: %d of %d frames, whose novelty is above %g; they have no pose in the predictions",
-                     predictions["rejected"].sum(), len(predictions), run.max_novelty)
 
 
 def log_novelty(errors, novelty, expected=None, note=""):

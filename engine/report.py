@@ -7,9 +7,10 @@ import pandas as pd
 import torch
 
 from datasets.labels import POSE_COLUMNS, write_labels
-from engine.novelty import RESULTS, add_columns, log_novelty
+from engine.novelty import RESULTS, log_novelty
 from engine.plots import draw_test
 from engine.prediction_plot import draw_predictions
+from engine.predictions import add_columns, scene_name, with_predictions, write_predictions
 from models import SINGLE_SCENE_APRS
 from models.checkpoints import read_about
 from util.config import check_scene_names
@@ -73,11 +74,11 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
             scene_names = dataset.scene_names
         true_scenes = dataset.scenes if scene_names else np.full(len(scenes), -1)
         log_scenes(errors, scenes, true_scenes, dataset.labels["scene"].to_numpy(), scene_names)
-        predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in scenes]
+        predictions["predicted_scene"] = [scene_name(scene, scene_names) for scene in scenes]
     novelty, expected = (results[key].numpy() if key in results else None for key in RESULTS)
     if novelty is not None:
         log_novelty(errors, novelty, expected, LEAKED if leaked else "")
-    add_columns(run, predictions, results)
+    add_columns(run.max_novelty, predictions, results)
     if run.predictions_path:
         write_labels(run.predictions_path, predictions)
         logging.info("Predictions: %s", run.predictions_path)
@@ -132,13 +133,7 @@ def report_images(run, images, results, scene_names, origin, trained_on):
         table["time_s"] = images.times
     of_images = {key: rows[readable] for key, rows in results.items() if key != "milliseconds_alone"}
     predictions = image_table(run, table[readable.numpy()].reset_index(drop=True), of_images, scene_names, origin)
-    if "predicted_scene" in predictions:
-        counts = predictions["predicted_scene"].value_counts()
-        logging.info("Scenes: %s", ", ".join(f"{name} {n}" for name, n in counts.items()))
-    logging.info("Mean inference time:{:.2f}[ms]".format(results["milliseconds_alone"].mean()))
-    write_labels(run.predictions_path, predictions)
-    logging.info("Predictions: %d poses of %d images in %s", predictions["t1"].notna().sum(), len(predictions),
-                 run.predictions_path)
+    write_predictions(run.predictions_path, predictions, results["milliseconds_alone"].numpy())
     logging.info("Picture: %s", draw_predictions(f"{run.prefix}_predicted.png", trained_on,
                                                  predictions[POSE_COLUMNS].to_numpy(), predictions.get("novelty")))
 
@@ -149,16 +144,12 @@ def image_table(run, table, results, scene_names, origin):
     results, scene_names: as for `report`; for multi-scene models 'scene_log_distr' is N x num_scenes. origin: the
     APR's.
     """
-    predictions = table.copy()
-    predictions[POSE_COLUMNS] = unit_poses(to_world(results["pose"], origin)).numpy()
-    if "apr_pose" in results:
-        of_apr = unit_poses(to_world(results["apr_pose"], origin)).numpy()
-        predictions[[f"apr_{column}" for column in POSE_COLUMNS]] = of_apr
+    arrays = {key: unit_poses(to_world(results[key], origin)).numpy() for key in ("pose", "apr_pose")
+              if key in results}
+    arrays |= {key: results[key].numpy() for key in ("scene", *RESULTS) if key in results}
     if "scene" in results:
-        predictions["predicted_scene"] = [_scene_name(scene, scene_names) for scene in results["scene"].numpy()]
-        predictions["scene_probability"] = results["scene_log_distr"].exp().max(dim=1).values.numpy()
-    add_columns(run, predictions, results)
-    return predictions
+        arrays["scene_probability"] = results["scene_log_distr"].exp().max(dim=1).values.numpy()
+    return with_predictions(table, arrays, scene_names, run.max_novelty)
 
 
 def log_errors(tested, labels_file, errors, apr_errors, results, note=""):
@@ -202,13 +193,8 @@ def log_scenes(errors, predicted_scene, true_scene, scenes, scene_names):
         rows = np.flatnonzero(scenes == scene)
         index = true_scene[rows[0]]
         counts = np.bincount(predicted_scene[rows])
-        predicted = ", ".join(f"{_scene_name(i, scene_names)} {100 * counts[i] / len(rows):.1f}%"
+        predicted = ", ".join(f"{scene_name(i, scene_names)} {100 * counts[i] / len(rows):.1f}%"
                               for i in np.argsort(-counts, kind="stable") if counts[i])
         name = f"{scene} (index {index})" if index >= 0 else scene
         medians = format_medians(np.median(e[rows]) for e in errors)
         logging.info("Scene %s: %d frames, median %s, predicted as %s", name, len(rows), medians, predicted)
-
-
-def _scene_name(index, scene_names):
-    """The name of a scene where the names are known, else its index as text."""
-    return scene_names[index] if scene_names and index < len(scene_names) else str(index)

@@ -64,12 +64,12 @@ def start(args, suffix="", sections=()):
         if getattr(args, option) and args.mode != "train":
             raise UserError(f"--{option} is for training; leave it out otherwise")
     if args.predictions_path:
-        _check_predictions_path(args)
+        check_predictions_path(args)
     if args.max_novelty is not None and not args.predictions_path:
         raise UserError("--max_novelty rejects poses in the file of --predictions_path; give that too")
     _check_files(args)
-    set_unit(_unit_of(args))
-    prefix = _start_log(args, suffix) if processes.rank() == 0 else log_nowhere()
+    set_unit(unit_of(args))
+    prefix = start_log(args, suffix) if processes.rank() == 0 else log_nowhere()
     logging.info("Start %s with %s", args.model_name, args.mode)
     logging.info("Command: %s", " ".join(sys.argv))
     if args.experiment is not None:
@@ -121,9 +121,10 @@ def parser(description, models, modes=("train", "test")):
                                 "with an APR checkpoint, the checkpoint brings them")
     arguments.add_argument("dataset_path", metavar="DATASET", help="the folder that image paths are relative to" + (
                                "; to predict, images: a folder, a pattern in quotes, - for a list on standard input, "
-                               "or a video" if "predict" in modes else ""))
+                               "or a video; to export, -, but with --quantize the folder" if "predict" in modes
+                               else ""))
     arguments.add_argument("labels_file", metavar="LABELS", help="the label file (CSV) to train or test on"
-                           + ("; to predict, -" if "predict" in modes else ""))
+                           + ("; to predict, and to export without --quantize, -" if "predict" in modes else ""))
     arguments.add_argument("config_file", metavar="CONFIG", help="the hyper-parameters, such as config.json")
     arguments.add_argument("--experiment", metavar="TEXT", help="a note for the log (default: none)")
     arguments.add_argument("--output_dir", metavar="DIR", default="out",
@@ -206,8 +207,8 @@ def _check_files(args):
             raise UserError(f"{path}: no such file")
 
 
-def _unit_of(args):
-    """The unit of positions: of the label file or, in predict, of the APR's training, as the JSON beside it says."""
+def unit_of(args):
+    """The unit of positions: of the label file or, without one, of the APR's training, as the JSON beside it says."""
     if args.labels_file != "-":
         from datasets.labels import read_unit
 
@@ -223,13 +224,14 @@ def _warn_of_another_unit(args):
 
     path = getattr(args, "apr_checkpoint_path", None) or getattr(args, "checkpoint_path", None)
     trained_in = read_about(path).get("unit") if path else None
-    unit = _unit_of(args)
+    unit = unit_of(args)
     if trained_in is not None and trained_in != unit:
         logging.warning("%s was trained on positions in %s, but those of %s are in %s: position errors mean nothing, "
                         "unless it is trained anew", path, trained_in, args.labels_file, unit)
 
 
-def _check_predictions_path(args):
+def check_predictions_path(args):
+    """Raise UserError for a --predictions_path that cannot be, or must not be, written."""
     if args.mode == "train":
         raise UserError("--predictions_path is for testing; leave it out in training")
     path = args.predictions_path
@@ -241,7 +243,7 @@ def _check_predictions_path(args):
                             "another")
 
 
-def _start_log(args, suffix):
+def start_log(args, suffix=""):
     """Log to the screen and to DIR/run_<stamp>.log, a new file or the resumed run's; returns its path without .log."""
     if args.name is not None:
         args.output_dir = os.path.join(args.output_dir, args.name)

@@ -139,6 +139,19 @@ class LatentMemory(nn.Module):
             novelty[rows] = (raw / self.unit[scene]).to(novelty)
         return novelty
 
+    def traceable_novelty(self, encoder, queries):
+        """The same as `novelty`, as one expression that does not depend on what the queries hold, for exports."""
+        of_scene = queries["scene"][:, None] == self.scenes
+        whiten = self._whitening(encoder)
+        latents, remembered = ((rows @ whiten).double() for rows in (queries["latents"], self.latents))
+        squares = (latents.square().sum(dim=1, keepdim=True) + remembered.square().sum(dim=1)
+                   - 2 * latents @ remembered.T)
+        distances = squares.clamp(min=0).sqrt().masked_fill(~of_scene, torch.inf)
+        raw = _raw_novelty(distances, unit_poses(queries["pose"]), self.poses,
+                           _own_distances(encoder, queries, whiten))
+        novelty = (raw / self.unit[queries["scene"]]).float()
+        return novelty.masked_fill(~of_scene.any(dim=1), torch.nan)
+
     @torch.no_grad()
     def calibrate(self, encoder, frames):
         """Fit expected errors to those of frames that were not trained on: isotonic regression on their novelty.
@@ -222,8 +235,9 @@ def _raw_novelty(distances, poses, remembered, own):
     distances: N x M, to the remembered latents. poses: N x 7. remembered: M x 7, poses.
     """
     posterior = (-_DEGREES * distances.double().clamp(min=1e-12).log()).softmax(dim=1)
-    metres = torch.cdist(poses[:, :3], remembered[:, :3], compute_mode="donot_use_mm_for_euclid_dist")
-    radians = 2 * (poses[:, 3:].double() @ remembered[:, 3:].double().T).abs().clamp(max=1).acos()
+    metres = (poses[:, None, :3] - remembered[:, :3]).norm(dim=2)  # torch.cdist cannot be exported
+    cosines = (poses[:, 3:].double() @ remembered[:, 3:].double().T).abs().clamp(max=1)
+    radians = 4 * ((1 - cosines) / 2).sqrt().float().asin()  # 2 acos, which ONNX Runtime has in float32 only
     disagreement = ((posterior * metres).sum(dim=1) * (posterior * radians).sum(dim=1)).sqrt()
     return disagreement * distances.min(dim=1).values * own
 

@@ -74,7 +74,7 @@ class MSTransPoseNet(nn.Module):
         scene_log_distr = F.log_softmax(scores, dim=1)
         scene = data.get("scene")
         scene = scene_log_distr.argmax(dim=1) if scene is None else scene.long()
-        frames = torch.arange(len(scene), device=scene.device)
+        frames = torch.arange(scene.shape[0], device=scene.device)
         return {"latent_x": latents_t[frames, scene], "latent_q": latents_rot[frames, scene], "scene": scene,
                 "scene_log_distr": scene_log_distr}
 
@@ -126,4 +126,4 @@ def regress_each(heads, latents, scene):
         (head.fc_h.weight, head.fc_h.bias, head.fc_o.weight, head.fc_o.bias) for head in heads)))
     hidden = F.gelu(torch.baddbmm(bias_h.unsqueeze(1), latents.expand(len(heads), -1, -1), weight_h.transpose(1, 2)))
     outputs = torch.baddbmm(bias_o.unsqueeze(1), hidden, weight_o.transpose(1, 2))
-    return outputs[scene, torch.arange(len(scene), device=scene.device)]
+    return outputs[scene, torch.arange(scene.shape[0], device=scene.device)]

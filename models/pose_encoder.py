@@ -114,7 +114,7 @@ class PoseEncoder(_PoseEncoder):
         super().__init__(3 * n_features, 4 * n_features, encoder_dim, shallow_mlp)
 
     def forward(self, pose, scene=None):
-        parts = self.inputs(pose, torch.zeros(len(pose), dtype=torch.long, device=pose.device))
+        parts = self.inputs(pose, torch.zeros(pose.shape[0], dtype=torch.long, device=pose.device))
         position, orientation = (fourier_features(part, self.octaves) for part in parts)
         return self.x_encoder(position), self.q_encoder(orientation)
 

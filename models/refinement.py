@@ -26,7 +26,7 @@ def queries_of(result):
     They are {'pose': N x 7, 'latents': N x 2 latent_dim (position's, then orientation's), 'scene': N}. The scene is 0
     for single-scene models.
     """
-    scene = result.get("scene", torch.zeros(len(result["pose"]), dtype=torch.long, device=result["pose"].device))
+    scene = result.get("scene", torch.zeros(result["pose"].shape[0], dtype=torch.long, device=result["pose"].device))
     latents = torch.cat((result["latent_x"], result["latent_q"]), dim=1)
     return {"pose": result["pose"], "latents": latents, "scene": scene}
 

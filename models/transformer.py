@@ -52,7 +52,7 @@ class Transformer(nn.Module):
             memory = layer(memory, positions)
         memory = self.encoder.norm(memory)
         keys = memory + positions
-        target = torch.zeros_like(queries).expand(len(memory), -1, -1)
+        target = torch.zeros_like(queries).expand(memory.shape[0], -1, -1)
         for layer in self.decoder.layers:
             target = layer(target, memory, queries, keys)
         return self.decoder.norm(target)
@@ -139,7 +139,9 @@ class CrossAttention(nn.MultiheadAttention):
         bias_q, _, bias_v = self.in_proj_bias.chunk(3)
         query = F.linear(query, weight_q, bias_q).unflatten(2, heads)
         query = torch.einsum("nshd,hdc->nhsc", query, weight_k.unflatten(0, heads))
-        attended = F.scaled_dot_product_attention(query.flatten(1, 2), keys, values, scale=self.head_dim ** -0.5,
-                                                  dropout_p=self.dropout if self.training else 0.0)
+        # With a dimension of one head, which the export to ONNX needs.
+        attended = F.scaled_dot_product_attention(
+            query.flatten(1, 2).unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1), scale=self.head_dim ** -0.5,
+            dropout_p=self.dropout if self.training else 0.0).squeeze(1)
         attended = torch.einsum("nhsc,hdc->nshd", attended.unflatten(1, query.shape[1:3]), weight_v.unflatten(0, heads))
         return self.out_proj(attended.flatten(2) + bias_v)

@@ -217,7 +217,7 @@ CASES = {
     "novelty of ms-transposenet": (
         apr_test("ms-transposenet.pth", "ms-transposenet", more=["--encoder_checkpoint_path", "pae.pth"]),
         ["ms-transposenet returns no latents"]),
-    "novelty in training": (apr(more=["--encoder_checkpoint_path", "pae.pth"]), ["is for test and predict"]),
+    "novelty in training": (apr(more=["--encoder_checkpoint_path", "pae.pth"]), ["is for test, predict and export"]),
     "predictions over the labels": (apr_test("posenet.pth", more=["--predictions_path", "./train.csv"]),
                                     ["--predictions_path ./train.csv: is the label file train.csv"]),
     "predictions to a folder": (apr_test("posenet.pth", more=["--predictions_path", "."]),
