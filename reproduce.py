@@ -24,10 +24,10 @@ from engine.scripts import pae_script, run_script
 from engine.short import known_settings
 from models import MULTI_SCENE_APRS, SINGLE_SCENE_APRS, SOLVERS, SOLVERS_WITH_NOISE
 from models.checkpoints import describe, read_about, read_weights
-from models.download import FILES, download_all, sha256
+from models.download import FILES, download_all
 from util import cli
 from util.errors import UserError
-from util.files import whole_file
+from util.files import sha256, whole_file
 from util.progress import progress
 
 ROOT = Path(__file__).resolve().parent

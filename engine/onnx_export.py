@@ -1,5 +1,4 @@
 """A trained APR as one ONNX file: from frames, or from the networks' input, to poses."""
-import hashlib
 import json
 import logging
 import tomllib
@@ -14,7 +13,7 @@ from engine.onnx_preprocessing import preprocessing
 from models import infer
 from models.checkpoints import read_about
 from models.refinement import queries_of
-from util.files import whole_file
+from util.files import sha256, whole_file
 from util.rotations import unit_poses
 
 OPSET = 18
@@ -95,10 +94,10 @@ def describe_weights(args, scene_names, unit):
         "convention": "quaternions are scalar first; camera-to-world or world-to-camera, as in the labels of the "
                       f"training{trained_on}",
         "scene_names": json.dumps(scene_names),
-        "weights_sha256": _sha256(args.checkpoint_path),
+        "weights_sha256": sha256(args.checkpoint_path),
     }
     if args.encoder_checkpoint_path:
-        described["encoder_sha256"] = _sha256(args.encoder_checkpoint_path)
+        described["encoder_sha256"] = sha256(args.encoder_checkpoint_path)
     return described
 
 
@@ -113,8 +112,3 @@ def write_model(path, model, described):
         file.write(model.SerializeToString())
     logging.info("Exported: %s, %.1f MB, %s -> %s", path, Path(path).stat().st_size / 1e6, model.graph.input[0].name,
                  ", ".join(output.name for output in model.graph.output))
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 States are written after whole epochs; the last two are kept.
 """
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from contextlib import suppress
 from util import processes
 from util.config import KEYS
 from util.errors import UserError
+from util.files import sha256
 
 LATEST = "latest"
 _STAMP = r"\d\d(?:_\d\d){4}(?:_\d+)?"
@@ -169,7 +169,6 @@ def _read(path, epoch):
 
 def _digest(path):
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError:  # reported where the file is read
         return None

@@ -3,13 +3,12 @@
     python -m models.download [NAME ...] [--to weights]
 """
 import argparse
-import hashlib
 import os
 
 from models.checkpoints import describe, read_weights
 from util import cli
 from util.errors import UserError
-from util.files import whole_file, writing
+from util.files import sha256, whole_file, writing
 
 PAGE = "https://drive.google.com/file/d/{}/view"
 APR, PAE, POSENET, POSENET_PAE = "ems-transposenet", "multi-scene PAE", "posenet", "single-scene PAE"
@@ -111,12 +110,6 @@ def check(path, kind, page):
             os.remove(path)
         raise UserError(f"{path.removesuffix('.part')}: {problem}")
     return found
-
-
-def sha256(path):
-    """The SHA-256 of a file, as hexadecimal text."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_sums(path):

@@ -6,16 +6,15 @@ import pandas as pd
 import pillow_heif
 import pytest
 import tifffile
-import torch
 from conftest import ROOT, fails_here, run_here, write_labels, write_scene
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from walks import write_apr
 
 from datasets import images, unlabelled
 from datasets.camera_poses import CameraPoseDataset
 from datasets.images import read_header, read_image
 from datasets.unlabelled import Images
-from models import get_model
 from util.errors import UserError
 
 HEIGHT, WIDTH = 24, 32
@@ -164,16 +163,9 @@ def test_an_orientation_in_the_xmp_of_a_png_is_found(tmp_path, pixels):
 
 @pytest.fixture(scope="module")
 def apr(tmp_path_factory):
-    """An APR's weights; batch norm's statistics are of noise, so that its latents differ from image to image."""
+    """An APR's weights."""
     path = tmp_path_factory.mktemp("apr") / "apr.pth"
-    torch.manual_seed(0)
-    model = get_model("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 16})
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        model({"img": torch.randn(4, 3, 224, 224)})
-    torch.save(model.state_dict(), path)
+    write_apr(path)
     return path
 
 

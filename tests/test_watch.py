@@ -14,11 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, fails_here, run_here
 from test_short import POSE
-from walks import fails, predict, write_walk
-
-from models import get_model
-from models.checkpoints import fingerprint
-from models.pose_encoder import PoseEncoder
+from walks import fails, pae_of, predict, write_walk
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +121,7 @@ def watched(camera, act, *arguments):
 
 
 def test_watch_continues_a_file_with_novelty_and_refuses_another(walk, tmp_path):
-    torch.manual_seed(0)
-    apr = get_model("posenet", "none", {"backbone_type": "mobilenet", "hidden_dim": 16})
-    apr.load_state_dict(torch.load(walk / "apr.pth"))
-    pae = PoseEncoder(16, octaves=4)
-    frames = {"truth": torch.randn(60, 7), "latents": torch.randn(60, 32), "scene": torch.zeros(60, dtype=torch.long)}
-    pae.fit_latents({**frames, "pose": frames["truth"] + 0.1})
-    pae.apr.copy_(fingerprint(apr.eval()))
-    torch.save(pae.state_dict(), tmp_path / "pae.pth")
+    torch.save(pae_of(walk / "apr.pth").state_dict(), tmp_path / "pae.pth")
     camera, table = tmp_path / "camera", tmp_path / "live.csv"
     shutil.copytree(walk / "photos", camera)
     options = ["--encoder_checkpoint_path", tmp_path / "pae.pth", "--max_novelty", "1e9"]

@@ -1,5 +1,6 @@
 """Files: comparing paths, writing files whole or not at all, and locks that end with their process."""
 import glob
+import hashlib
 import os
 import secrets
 import time
@@ -17,6 +18,12 @@ from util.errors import UserError
 def same_file(path, other):
     """Return whether two paths lead to the same existing file."""
     return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
+
+
+def sha256(path):
+    """The SHA-256 of a file, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
