@@ -133,13 +133,13 @@ def test(run, args, apr, scene_names):
     from engine.evaluation import evaluate
     from engine.novelty import novelty_of
     from engine.report import report
-    from models import infer
+    from models import folded, infer
 
-    apr.eval()
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names)
     dataset.move_to(apr.origin)
     encoder = load_encoder(run, args, apr)
-    results = evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
+    network = folded(apr)
+    results = evaluate(run, lambda batch: infer(network, batch["img"]), dataset)
     if encoder is not None:
         results = {**results, **novelty_of(run, encoder, args.encoder_checkpoint_path, results)}
     report(run, args.checkpoint_path, dataset, results, scene_names)
@@ -151,18 +151,17 @@ def predict(run, args, apr, scene_names):
     from engine.novelty import corrected
     from engine.report import read_training_poses, report_images
     from engine.watch import watch
-    from models import infer
+    from models import folded, infer
     from models.checkpoints import read_about
     from util.errors import first_five
 
-    apr.eval()
-    if args.watch:
-        encoder = load_encoder(run, args, apr)
-        watch(run, apr, encoder, args.encoder_checkpoint_path, scene_names, args.dataset_path, args.as_stored)
-        return
-    images = open_input(args.dataset_path, args.as_stored, args.every)
+    images = None if args.watch else open_input(args.dataset_path, args.as_stored, args.every)
     encoder = load_encoder(run, args, apr)
-    results = evaluate(run, lambda batch: {**infer(apr, batch["img"]), "readable": batch["readable"]}, images)
+    network = folded(apr)
+    if args.watch:
+        watch(run, network, encoder, args.encoder_checkpoint_path, scene_names, args.dataset_path, args.as_stored)
+        return
+    results = evaluate(run, lambda batch: {**infer(network, batch["img"]), "readable": batch["readable"]}, images)
     unreadable = images.problems(results["readable"])
     if not results["readable"].any():
         raise UserError(first_five(unreadable))

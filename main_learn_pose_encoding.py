@@ -89,16 +89,17 @@ def test(run, args, apr, encoder, scene_names):
     from engine.evaluation import evaluate
     from engine.novelty import check_max_novelty, novelty_of
     from engine.report import report
-    from models import infer
+    from models import folded, infer
     from models.checkpoints import check_fingerprint
 
     check_fingerprint(args.encoder_checkpoint_path, encoder.apr, apr, args.apr_checkpoint_path)
     check_max_novelty(run, encoder, args.encoder_checkpoint_path)
     encoder.eval()
     dataset = CameraPoseDataset(args.dataset_path, args.labels_file, scene_names=scene_names, origin=apr.origin)
+    network = folded(apr)
 
     def estimate(batch):
-        result = infer(apr, batch["img"])
+        result = infer(network, batch["img"])
         pose = apr.regress(*encoder(result["pose"], result.get("scene")))
         return {**result, "pose": pose, "apr_pose": result["pose"]}
 

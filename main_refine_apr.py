@@ -192,7 +192,7 @@ def test_iapr(run, args, apr, dataset, scene_names, encoder):
     from engine.evaluation import evaluate
     from engine.novelty import check_max_novelty, novelty_of
     from engine.report import report
-    from models import freeze, infer
+    from models import folded, freeze, infer
     from models.checkpoints import fill, read_checkpoint
     from models.iapr import IAPR
 
@@ -204,9 +204,10 @@ def test_iapr(run, args, apr, dataset, scene_names, encoder):
     iapr = IAPR(run.config).to(run.device)
     fill(args.rpr_checkpoint_path, iapr, read_checkpoint(args.rpr_checkpoint_path, "iAPR", run.config))
     freeze(iapr)
+    network = folded(apr)
 
     def estimate(batch):
-        result = infer(apr, batch["img"])
+        result = infer(network, batch["img"])
         return {**result, "apr_pose": result["pose"],
                 "pose": iapr.refine(batch["img"], result["scene"], result["pose"], run.config["num_iterations"])}
 
@@ -292,12 +293,13 @@ def test_refinement(run, args, apr, dataset, scene_names, tested, refine, encode
     from engine.evaluation import evaluate, milliseconds, one_thread
     from engine.novelty import check_max_novelty, novelty_of
     from engine.report import report
-    from models import infer
+    from models import folded, infer
     from models.refinement import MIN_REFERENCES, queries_of
 
     path = args.encoder_checkpoint_path
     check_max_novelty(run, encoder, path)
-    results = evaluate(run, lambda batch: infer(apr, batch["img"]), dataset)
+    network = folded(apr)
+    results = evaluate(run, lambda batch: infer(network, batch["img"]), dataset)
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
     with torch.no_grad(), one_thread():
         refine({key: value[:1] for key, value in queries.items()})  # warm up

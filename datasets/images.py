@@ -1,14 +1,13 @@
 """Images of any kind as 8-bit RGB, and the orientation that cameras store beside the pixels (EXIF).
 
-scikit-image reads the pixels as they are stored, as in the published code. Pillow reads what it supports better:
-palettes, CMYK, several frames, HEIC and AVIF.
+The pixels are those that scikit-image reads, as in the published code: as they are stored. Where they are palettes,
+CMYK or several frames, Pillow makes RGB of the first.
 """
+import contextlib
 import os
 import struct
 
 import numpy as np
-import skimage.color
-import skimage.io
 import skimage.util
 import tifffile
 from PIL import ExifTags, Image, features
@@ -28,8 +27,7 @@ HEIF_ADVICE = "" if HAS_HEIF else " (pip install pillow-heif reads them)"
 # A folder is searched for images with these extensions, which can be read here.
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
                     *((".avif",) if features.check("avif") else ()), *(HEIF_EXTENSIONS if HAS_HEIF else ()))
-_TIFF = (".tif", ".tiff")
-# Pillow's modes of images that scikit-image reads unchanged.
+# Pillow's modes of images that are read unchanged.
 _STORED = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")
 # What turns an image upright, by the value of the tag.
 _UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -103,21 +101,12 @@ def path_is(path, extensions):
 def _pixels(path):
     """An image's numbers: H x W or H x W x channels."""
     if _is_tiff(path):
-        if not path_is(path, _TIFF):  # scikit-image decides by the name, Pillow by the content
-            return _pillow_pixels(path)
-        try:
-            with tifffile.TiffFile(path) as file:
-                as_stored = file.pages[0].photometric.name in ("MINISBLACK", "RGB") and len(file.pages) == 1
-            # Pillow reads palettes, CMYK, YCbCr, white at 0, and the first of several pages.
-            return skimage.io.imread(path) if as_stored else _pillow_pixels(path)
-        except ValueError:  # a compression that tifffile does not support
-            return _pillow_pixels(path)
-    with Image.open(path) as image:
-        stored = (image.mode in _STORED and image.format not in ("HEIF", "AVIF", "GIF")
-                  and getattr(image, "n_frames", 1) == 1)
-        has_16_bits = image.format == "PPM" and image.mode == "I"  # Pillow reads 32 bits, scaled to 65535
-    pixels = skimage.io.imread(path) if stored and not path_is(path, _TIFF) else _pillow_pixels(path)
-    return pixels.astype(np.uint16) if has_16_bits else pixels
+        with contextlib.suppress(ValueError), tifffile.TiffFile(path) as file:  # a compression that it does not support
+            if file.pages[0].photometric.name in ("MINISBLACK", "RGB") and len(file.pages) == 1:
+                pixels = file.pages[0].asarray()
+                in_planes = pixels.ndim == 3 and len(pixels) in (3, 4) and pixels.shape[2] not in (3, 4)
+                return np.moveaxis(pixels, 0, 2) if in_planes else pixels
+    return _pillow_pixels(path)  # of TIFF: palettes, CMYK, YCbCr, white at 0, and the first of several pages
 
 
 def _pillow_pixels(path):
@@ -127,14 +116,16 @@ def _pillow_pixels(path):
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if image.format == "TIFF" else 1
         image.load()
         stored = image if image.mode in _STORED else image.convert("RGB")
-    return np.asarray(stored.transpose(_TURNED_BACK[orientation]) if orientation in _TURNED_BACK else stored)
+        has_16_bits = image.format in ("PNG", "PPM") and image.mode == "I"  # in PPM scaled to 65535
+    pixels = np.asarray(stored.transpose(_TURNED_BACK[orientation]) if orientation in _TURNED_BACK else stored)
+    return pixels.astype(np.uint16) if has_16_bits else pixels
 
 
 def _eight_bits(path, pixels):
     """Pixels as H x W x 3 uint8."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    pixels = pixels[..., :3] if pixels.shape[-1] > 2 else skimage.color.gray2rgb(pixels[..., 0])
+    pixels = pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., [0] * 3]
     if pixels.dtype == np.uint8:
         return np.ascontiguousarray(pixels)
     if pixels.dtype == np.uint16:

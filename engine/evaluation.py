@@ -8,7 +8,7 @@ import torch
 
 from datasets.loaders import test_batches
 from datasets.transforms import to_input
-from models import infer
+from models import folded, infer
 from models.refinement import queries_of
 from util import processes
 from util.metrics import pose_err
@@ -33,7 +33,7 @@ def evaluate(run, estimate, dataset):
     results, singles, errors = [], [], []
     n_frames = len(processes.shard(range(len(dataset))))
     with dataset.report_all_unreadable(), progress(total=n_frames, unit="frame") as bar:
-        for batch in test_loader(run, dataset):
+        for batch in begun(test_loader(run, dataset)):
             batch = to_device(batch, run.device)
             singles += [{key: value[i:i + 1] for key, value in batch.items()}
                         for i in range(min(N_TIMED - len(singles), len(batch["img"])))]
@@ -80,8 +80,10 @@ def compute_latents(run, apr, dataset):
     if run.cache_dir:
         dataset.cache_frames(run.cache_dir)
 
+    network = folded(apr)
+
     def outputs(batch):
-        result = infer(apr, batch["img"])
+        result = infer(network, batch["img"])
         return {"estimate": result["pose"], "pose": batch["pose"], "row": batch["row"],
                 **{key: result[key] for key in ("latent_x", "latent_q", "scene") if key in result}}
 
@@ -120,8 +122,17 @@ def predict(run, batches, function, description):
 
     Returns the dict of all frames' tensors, of all ranks, in order. description: of the progress bar.
     """
-    results = [function(to_device(batch, run.device)) for batch in progress(batches, desc=description, unit="batch")]
+    bar = progress(begun(batches), total=len(batches), desc=description, unit="batch")
+    results = [function(to_device(batch, run.device)) for batch in bar]
     return processes.gather_rows(concatenate(results))
+
+
+def begun(batches):
+    """An iterator over a loader's batches. While workers decode the first, it loads the library of later pictures."""
+    iterator = iter(batches)
+    import matplotlib.figure  # noqa: F401
+
+    return iterator
 
 
 def concatenate(results):

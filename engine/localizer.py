@@ -17,7 +17,7 @@ from datasets.transforms import test_transform, to_input
 from engine.report import scene_names_of, to_world
 from engine.run import device_of
 from engine.short import config_of, known_settings
-from models import freeze, infer, load_apr, load_pose_encoder
+from models import folded, infer, load_apr, load_pose_encoder
 from models.refinement import queries_of
 from util.rotations import unit_poses
 
@@ -38,12 +38,12 @@ def load_localizer(weights, encoder=None, device="auto", batch_size=32):
     config, device = config_of(model, settings), device_of(device)
     apr = load_apr(model, "none", config, weights).to(device)
     scene_names = scene_names_of(model, config, weights)
-    freeze(apr)
     pae = None if encoder is None else load_pose_encoder(model, config, encoder, apr, weights)
+    network = folded(apr)
 
     @torch.inference_mode()
     def localizer(images):
-        parts = [_locate(apr, pae, images[i:i + batch_size], device) for i in range(0, len(images), batch_size)]
+        parts = [_locate(network, pae, images[i:i + batch_size], device) for i in range(0, len(images), batch_size)]
         result = {key: np.concatenate([part[key] for part in parts]) for key in (parts[0] if parts else ())}
         if "scene" in result:
             result["scene"] = np.array([scene_names[i] if scene_names else str(i) for i in result["scene"]])

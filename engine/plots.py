@@ -323,7 +323,8 @@ def save(figure, path):
     """Write a figure as PNG, completely or not at all."""
     from matplotlib.text import Text
 
-    for text in figure.findobj(lambda artist: isinstance(artist, Text) and "[m]" in artist.get_text()):
-        text.set_text(in_unit(text.get_text()))
+    if in_unit("[m]") != "[m]":
+        for text in figure.findobj(lambda artist: isinstance(artist, Text) and "[m]" in artist.get_text()):
+            text.set_text(in_unit(text.get_text()))
     with whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120, pil_kwargs={"compress_level": 2})  # a third of the time

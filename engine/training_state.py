@@ -1,4 +1,5 @@
 """Everything that a training changes, as one object that writes and restores itself."""
+import inspect
 import math
 import time
 from array import array
@@ -12,6 +13,15 @@ from torch.optim.swa_utils import AveragedModel
 from engine import resume
 from engine.plots import CURVES
 from util.errors import UserError
+
+
+class Adam(torch.optim.Adam):
+    """PyTorch's, without the decorators that import TorchDynamo, which takes as long as importing PyTorch."""
+
+    add_param_group, zero_grad, state_dict, load_state_dict = (inspect.unwrap(getattr(torch.optim.Adam, name)) for name
+                                                               in ("add_param_group", "zero_grad", "state_dict",
+                                                                   "load_state_dict"))
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 class TrainingState:
@@ -28,8 +38,8 @@ class TrainingState:
         self.run, self.model, self.pose_loss, self.scene_names = run, model, pose_loss, scene_names
         config = run.config
         self.parameters = [p for module in (model, pose_loss) for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=config["lr"], eps=config["eps"],
-                                          weight_decay=config["weight_decay"], fused=True)
+        self.optimizer = Adam(self.parameters, lr=config["lr"], eps=config["eps"],
+                              weight_decay=config["weight_decay"], fused=True)
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=model.precision == "fp16")
         self.epoch, self.losses, self.curves, self.best = 0, array("d"), [], []
         self.weights = nn.ParameterList(model.parameters())  # without buffers, which are not averaged

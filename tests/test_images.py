@@ -5,6 +5,9 @@ import numpy as np
 import pandas as pd
 import pillow_heif
 import pytest
+import skimage.color
+import skimage.io
+import skimage.util
 import tifffile
 from conftest import ROOT, fails_here, run_here, write_labels, write_scene
 from PIL import Image, ImageOps
@@ -121,6 +124,19 @@ def test_tiff_files_of_all_kinds_are_read(tmp_path, pixels):
         assert seen.shape == expected.shape and np.abs(seen - expected).max() <= tolerance, name
         assert read_header(tmp_path / f"{name}.tif")[:2] == (HEIGHT, WIDTH), name
     assert np.array_equal(read_image(tmp_path / "lzw_turned.tif", upright=True), SHOWN[8](pixels))
+
+
+def test_ordinary_images_are_read_as_scikit_image_reads_them(tmp_path, pixels):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, pixels.shape, np.uint8))
+    sixteen = GREY.astype(np.uint16) * 257
+    for name, picture in {"rgb.jpg": image, "grey.jpg": image.convert("L"), "rgb.png": image, "rgb.webp": image,
+                          "grey.png": image.convert("L"), "bits.png": image.convert("1"), "rgb.bmp": image,
+                          "rgba.png": image.convert("RGBA"), "16.png": Image.fromarray(sixteen), "rgb.ppm": image,
+                          "rgb.tif": image, "16.tif": Image.fromarray(sixteen)}.items():
+        picture.save(tmp_path / name)
+        published = skimage.util.img_as_ubyte(skimage.io.imread(tmp_path / name))
+        published = published if published.ndim == 3 else skimage.color.gray2rgb(published)
+        assert np.array_equal(read_image(tmp_path / name), published[..., :3]), name
 
 
 def test_a_dark_16_bit_pgm_stays_dark(tmp_path):

@@ -63,12 +63,17 @@ def test_help_answers_at_once_and_names_every_option(script):
 
 @pytest.fixture(scope="module")
 def trainings(layout):
-    """What two trainings printed that ran at once, with two workers and with none, in processes of their own."""
+    """What two trainings printed that ran at once, with two workers and with none, in processes of their own.
+
+    What they imported is in imports.txt.
+    """
     running = []
-    for n_workers in (2, 0):
-        listed = [*arguments(layout, "train", "train.csv", "at_once"), f"n_workers={n_workers}"]
-        running.append(subprocess.Popen([sys.executable, "main.py", *map(str, listed)], cwd=ROOT, text=True,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
+    with open(layout / "imports.txt", "w") as imports:
+        for n_workers in (2, 0):
+            listed = [*arguments(layout, "train", "train.csv", "at_once"), f"n_workers={n_workers}"]
+            running.append(subprocess.Popen([sys.executable, "-X", "importtime", "main.py", *map(str, listed)],
+                                            cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                            stderr=imports))
     outputs = [process.communicate()[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
     return outputs
@@ -82,6 +87,12 @@ def test_two_trainings_at_once_do_not_mix_their_files(layout, trainings):
     of_one = [f"_{name}.{kind}" for name in ("checkpoint-1", "checkpoint-2", "final") for kind in ("pth", "json")]
     assert names == {stamp + name for stamp in stamps for name in [*of_one, "_loss_fig.png", ".log"]}
     assert same_weights(*finals)
+
+
+def test_a_training_imports_nothing_slow_that_it_does_not_need(layout, trainings):
+    imported = {line.split("|")[-1].strip() for line in (layout / "imports.txt").read_text().splitlines()}
+    assert {"torch.optim.adam", "torchvision.models", "matplotlib.figure"} <= imported
+    assert not imported & {"torch._dynamo", "torch._inductor", "scipy.stats", "scipy.optimize", "skimage.io", "av"}
 
 
 def test_training_writes_what_the_published_code_writes(layout, trainings):

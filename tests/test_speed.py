@@ -14,8 +14,8 @@ from datasets.transforms import to_input
 from engine import training
 from engine.evaluation import compute_latents
 from engine.run import Run
-from models import build_pose_encoder, get_model, load_apr
-from models.backbones import build_backbone
+from models import MULTI_SCENE_APRS, build_pose_encoder, folded, get_model, infer, load_apr
+from models.backbones import BACKBONES, build_backbone
 from models.cpu import Dropout
 from models.transformer import CrossAttention, SelfAttention
 from util.config import Config
@@ -124,6 +124,30 @@ def test_depthwise_convolutions_that_a_cpu_trains_in_fp32_compute_the_same(backb
         assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), expected, rtol=0.01, atol=0.01)
         given = torch.autograd.grad(low.float().square().sum(), conv.weight)[0]
         assert F.cosine_similarity(given.flatten(), wanted.flatten(), dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("name, backbone_type", [*(("posenet", backbone_type) for backbone_type in BACKBONES),
+                                                 *((name, "efficientnet") for name in MULTI_SCENE_APRS)])
+def test_a_folded_apr_computes_the_same_without_batch_norms(name, backbone_type):
+    torch.manual_seed(0)
+    apr = get_model(name, "none", {**SMALL, "backbone_type": backbone_type}).eval()
+    norms = [module for module in apr.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:  # as after a training
+        for tensor, low, high in ((norm.weight, 0.8, 1.2), (norm.bias, -0.2, 0.2), (norm.running_mean, -0.2, 0.2),
+                                  (norm.running_var, 0.5, 1.5)):
+            nn.init.uniform_(tensor, low, high)
+    before, image = copy.deepcopy(apr.state_dict()), torch.randn(2, 3, 96, 96)
+    network = folded(apr)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    with torch.no_grad():
+        wanted, given = infer(apr, image), infer(network, image)
+        for norm in norms:
+            norm.bias.zero_()
+        changed = infer(apr, image)
+    for key in ("pose", "latent_x", "latent_q"):
+        assert torch.allclose(given[key], wanted[key], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(changed[key], wanted[key], atol=1e-2, rtol=1e-2)
+    assert all(torch.equal(value, before[key]) for key, value in apr.state_dict().items() if "bias" not in key)
 
 
 @pytest.mark.parametrize("precision, scale", [("fp32", 1), ("fp16", 2 ** 16)])

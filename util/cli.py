@@ -1,5 +1,6 @@
 """How commands end: user errors and signals become one line and an exit status."""
 import contextlib
+import gc
 import logging
 import os
 import re
@@ -18,6 +19,11 @@ def run(command, advice=lambda: ""):
 
     advice: function without arguments that returns what a user can do after a signal, for that line.
     """
+    gc.set_threshold(10_000)  # loading the libraries makes many objects and no garbage
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # PyTorch's threads wait for each other in a loop of by default 300,000 rounds (libgomp), and so keep the cores
+        # from whatever else runs: workers that decode, another training. Now they soon sleep instead.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         # The other ranks have nothing to clean up or report.
         with signals.raised() if processes.rank() == 0 else contextlib.nullcontext():
@@ -32,6 +38,8 @@ def run(command, advice=lambda: ""):
             text = advice()
             _report(f"{stopped}" + (f"; {text}" if text else ""))
         sys.exit(stopped.status)
+    finally:
+        gc.freeze()  # else Python looks for garbage once more before it exits, for a quarter of a second
 
 
 def _run_naming_system_limits(command):
