@@ -149,7 +149,7 @@ def predict(run, args, apr, scene_names):
     """Predict the poses of images without labels, or of a video's frames."""
     from engine.evaluation import evaluate
     from engine.novelty import corrected
-    from engine.report import read_training_poses, report_images
+    from engine.report import convention_of, read_training_poses, report_images
     from engine.watch import watch
     from models import folded, infer
     from models.checkpoints import read_about
@@ -167,8 +167,9 @@ def predict(run, args, apr, scene_names):
         raise UserError(first_five(unreadable))
     if encoder is not None:
         results = corrected(run, encoder, args.encoder_checkpoint_path, results)
-    trained_on = read_training_poses(read_about(args.checkpoint_path), encoder, apr.origin)
-    report_images(run, images, results, scene_names, apr.origin, trained_on)
+    about_weights = read_about(args.checkpoint_path)
+    trained_on = read_training_poses(about_weights, encoder, apr.origin)
+    report_images(run, images, results, scene_names, apr.origin, trained_on, convention_of(about_weights, scene_names))
     if unreadable:
         raise UserError(f"{first_five(unreadable)}; {args.predictions_path} has the poses of {images.others}")
 

@@ -16,7 +16,7 @@ from datasets.transforms import SIZE, to_input
 from engine.onnx_export import Estimator, export_network
 from engine.onnx_file import estimate, session_of
 from engine.onnx_quantize import quantise
-from models import freeze, infer, load_apr
+from models import folded, freeze, infer, load_apr
 from models.cpu import keep_freed_memory
 from util import cli
 from util.metrics import pose_err
@@ -28,10 +28,10 @@ BATCH = 8
 
 
 class Eager:
-    """A network in PyTorch. Call it with images: N x 3 x H x W (array) -> N x 7 (array)."""
+    """A network in PyTorch, as tests run it. Call it with images: N x 3 x H x W (array) -> N x 7 (array)."""
 
     def __init__(self, apr, precision):
-        self.apr, self.precision = apr, precision
+        self.apr, self.precision = folded(apr), precision
         self.megabytes = sum(tensor.nbytes for tensor in apr.state_dict().values()) / 1e6
 
     @torch.inference_mode()

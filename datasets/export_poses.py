@@ -24,15 +24,13 @@ import pandas as pd
 from scipy.spatial.transform import Rotation
 
 from datasets.labels import POSE_COLUMNS, poses_of, read_labels, write_labels
-from datasets.official import DATASETS
+from datasets.official import CONVENTIONS
 from datasets.prepare_colmap import find_model, read_model
 from datasets.text_files import read_lines
 from util import cli
 from util.errors import UserError
 from util.files import same_file, whole_file, writing
 
-# Whether quaternions are camera-to-world. colmap: labels of prepare_colmap.
-CONVENTIONS = {**{name: dataset.camera_to_world for name, dataset in DATASETS.items()}, "colmap": True}
 COLMAP_MARK = "# Poses written by datasets.export_poses"  # the first line of its files, by which it knows them
 COLMAP_FILES = {  # {file of a COLMAP text model: what its lines are}
     "cameras.txt": "# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]",

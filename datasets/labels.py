@@ -20,6 +20,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import pandas as pd
 
+from datasets.official import CONVENTIONS, convention_of_scenes
 from util import cli
 from util.errors import UserError, first_five
 from util.files import same_file, whole_file
@@ -55,30 +56,42 @@ def write_labels(path, table):
         table.drop(columns="row", errors="ignore").to_csv(file, index=False, lineterminator="\n")
 
 
-def read_unit(path):
-    """The unit of a label file's positions: 'm', or 'model units' for an arbitrary one.
+def describe(path):
+    """What a label file's poses mean: {'unit': of their positions, and perhaps 'convention': of their quaternions}.
 
-    FILE.json, beside FILE.csv, names it; without that file it is 'm'. Raises UserError for another unit.
+    FILE.json, beside FILE.csv, says it; without that file the unit is 'm'. The unit is of UNITS, the convention of
+    official.CONVENTIONS. Raises UserError for others.
     """
     path = Path(path).with_suffix(".json")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "m"
+        return {"unit": "m"}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON, such as {{\"unit\": \"m\"}}: "
                         f"{getattr(error, 'strerror', None) or error}") from error
-    unit = about.get("unit") if isinstance(about, dict) else None
-    if unit not in UNITS:
-        known = " or ".join(map(json.dumps, UNITS))
-        raise UserError(f"{path}: unit {json.dumps(unit)} is unknown; it must be {known}")
-    return unit
+    about = about if isinstance(about, dict) else {}
+    for key, allowed in (("unit", UNITS), *([("convention", tuple(CONVENTIONS))] if "convention" in about else ())):
+        if about.get(key) not in allowed:
+            known = " or ".join(map(json.dumps, allowed))
+            raise UserError(f"{path}: {key} {json.dumps(about.get(key))} is unknown; it must be {known}")
+    return {key: about[key] for key in ("unit", "convention") if key in about}
 
 
-def write_unit(path, unit):
-    """Write the unit of a label file's positions beside it; see read_unit."""
+def read_unit(path):
+    """The unit of a label file's positions; see `describe`."""
+    return describe(path)["unit"]
+
+
+def read_convention(path, scenes):
+    """The convention of a label file's quaternions, or None where it is unknown: of `describe`, or by its scenes."""
+    return describe(path).get("convention") or convention_of_scenes(scenes)
+
+
+def write_description(path, description):
+    """Write what `describe` reads beside a label file."""
     with whole_file(Path(path).with_suffix(".json")) as file:
-        file.write(json.dumps({"unit": unit}) + "\n")
+        file.write(json.dumps(description) + "\n")
 
 
 def poses_of(table):

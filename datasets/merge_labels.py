@@ -9,16 +9,16 @@ import os
 
 import pandas as pd
 
-from datasets.labels import read_labels, read_unit, write_labels, write_unit
+from datasets.labels import read_convention, read_labels, read_unit, write_description, write_labels
 from util import cli
 from util.errors import UserError, first_five
 from util.files import same_file
 
 
 def merge(paths):
-    """The labels of several files as one table, and their unit.
+    """The labels of several files as one table, and their description, as labels.describe gives it.
 
-    Raises UserError for files that share a scene or an image, and for units that differ.
+    Raises UserError for files that share a scene or an image, and for units or conventions that differ.
     """
     tables = {path: read_labels(path) for path in paths}
     units = {path: read_unit(path) for path in paths}
@@ -26,6 +26,12 @@ def merge(paths):
     if other is not None:
         raise UserError(f"{other}: positions in {units[other]}, but in {units[paths[0]]} in {paths[0]}; scale all "
                         f"scenes to metres")
+    conventions = {path: read_convention(path, table["scene"]) for path, table in tables.items()}
+    known = [path for path in paths if conventions[path]]
+    other = next((path for path in known if conventions[path] != conventions[known[0]]), None)
+    if other is not None:
+        raise UserError(f"{other}: quaternions as in {conventions[other]}, but as in {conventions[known[0]]} in "
+                        f"{known[0]}; train on each alone")
     for column, problem, advice in (("scene", "scene", "give each scene one file"),
                                     ("img_path", "image", "image paths must be relative to one folder of all scenes")):
         listed, twice = {}, []
@@ -36,7 +42,8 @@ def merge(paths):
                     twice.append(f"{path}: {problem} {name} is in {first} already; {advice}")
         if twice:
             raise UserError(first_five(twice))
-    return pd.concat(tables.values(), ignore_index=True), units[paths[0]]
+    convention = {"convention": conventions[paths[0]]} if known == paths else {}
+    return pd.concat(tables.values(), ignore_index=True), {"unit": units[paths[0]], **convention}
 
 
 def main():
@@ -54,9 +61,10 @@ def main():
     for i, path in enumerate(paths):
         if any(same_file(path, before) for before in paths[:i]):
             raise UserError(f"{path} is given twice; give each file once")
-    table, unit = merge(paths)
+    table, description = merge(paths)
     write_labels(args.output, table)
-    write_unit(args.output, unit)
+    write_description(args.output, description)
+    unit = description["unit"]
     counts = ", ".join(f"{scene}: {n}" for scene, n in table["scene"].value_counts(sort=False).items())
     print(f"{args.output}: {len(table)} frames ({counts}), positions in {'metres' if unit == 'm' else unit}")
 

@@ -66,3 +66,11 @@ CAMBRIDGE = OfficialDataset(
              "StMarysChurch": (1.62, 3.99)},
 )
 DATASETS = {dataset.name: dataset for dataset in (SEVEN_SCENES, CAMBRIDGE)}
+# Whether quaternions are camera-to-world, by convention. colmap: labels of prepare_colmap and prepare_photos.
+CONVENTIONS = {**{name: dataset.camera_to_world for name, dataset in DATASETS.items()}, "colmap": True}
+
+
+def convention_of_scenes(scenes):
+    """The convention of labels of the papers' scenes: its name in CONVENTIONS. None for other scenes, or for none."""
+    return next((name for name, dataset in DATASETS.items() if set(scenes) and set(scenes) <= set(dataset.archives)),
+                None)

@@ -15,7 +15,8 @@ from scipy.ndimage import binary_dilation
 
 from datasets.archives import unpack, unpack_inner
 from datasets.downloads import download
-from datasets.labels import COLUMNS, natural_key, to_number, write_labels, write_unit
+from datasets.labels import COLUMNS, natural_key, to_number, write_description, write_labels
+from datasets.official import convention_of_scenes
 from datasets.text_files import reading
 from util.errors import UserError
 
@@ -111,6 +112,8 @@ def write_label_files(args, dataset, tables):
         files[dataset.all_scenes_file] = pd.concat([tables[scene]["train"] for scene in together])
     for name, table in files.items():
         write_labels(Path(args.labels_path) / name, table)
+        if convention_of_scenes(table["scene"]) is None:  # scenes of one's own, in the dataset's layout
+            write_description(Path(args.labels_path) / name, {"unit": "m", "convention": dataset.name})
         print(f"{Path(args.labels_path) / name}: {len(table)} frames")
     if args.scenes:
         print(f"{dataset.all_scenes_file} is written when all scenes are prepared, without --scenes")
@@ -235,7 +238,7 @@ def split_every(sequences, every):
 
 
 def write_scene(model, labels_path, scene, table, unit):
-    """Write the label files of a scene, <scene>_train.csv and <scene>_test.csv, and their unit. Prints what is written.
+    """Write the label files of a scene, <scene>_train.csv and <scene>_test.csv, described. Prints what is written.
 
     model: where the poses are from, for messages. table: that of label_table. unit: see labels.read_unit.
     """
@@ -247,7 +250,7 @@ def write_scene(model, labels_path, scene, table, unit):
         path = Path(labels_path) / f"{scene}_{split}.csv"
         rows = table[table["split"] == split]
         write_labels(path, rows)
-        write_unit(path, unit)
+        write_description(path, {"unit": unit, "convention": "colmap"})
         print(f"{path}: {len(rows)} frames, positions in {'metres' if unit == 'm' else unit}")
     n_left_out = (table["split"] == "").sum()
     if n_left_out:

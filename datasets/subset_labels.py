@@ -6,7 +6,7 @@ import argparse
 
 import numpy as np
 
-from datasets.labels import read_labels, read_unit, write_labels, write_unit
+from datasets.labels import describe, read_labels, write_description, write_labels
 from util import cli
 from util.errors import UserError
 from util.files import same_file
@@ -44,11 +44,11 @@ def main():
         raise UserError(f"--seed {args.seed}: must be at least 0")
     if same_file(args.labels_file, args.output):
         raise UserError(f"{args.output} is the file to draw from, which stays as it is; name another")
-    labels, unit = read_labels(args.labels_file), read_unit(args.labels_file)
+    labels, description = read_labels(args.labels_file), describe(args.labels_file)
     part = subset(labels, args.share, args.seed, args.by)
     write_labels(args.output, part)
-    if unit != "m":
-        write_unit(args.output, unit)
+    if description != {"unit": "m"}:
+        write_description(args.output, description)
     counts = ", ".join(f"{scene} {(part['scene'] == scene).sum()} of {n}"
                        for scene, n in labels["scene"].value_counts(sort=False).items())
     print(f"{args.output}: {len(part)} of {len(labels)} frames: {counts}")

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from datasets import transforms
+from datasets.official import CONVENTIONS
 from engine.onnx_preprocessing import preprocessing
+from engine.report import convention_of
 from models import infer
 from models.checkpoints import read_about
 from models.refinement import queries_of
@@ -86,13 +88,16 @@ def describe_weights(args, scene_names, unit):
     args: model_name, checkpoint_path, encoder_checkpoint_path, input and quantize, as on the command line.
     """
     about = read_about(args.checkpoint_path)
-    trained_on = f" ({about['labels_file']})" if isinstance(about.get("labels_file"), str) else ""
+    convention, trained_on = convention_of(about, scene_names), about.get("labels_file")
+    meaning = "camera-to-world or world-to-camera, as in the labels of the training" + (
+        f" ({trained_on})" if isinstance(trained_on, str) else "")
+    if convention is not None:
+        meaning = "camera-to-world" if CONVENTIONS[convention] else "world-to-camera"
     described = {
         "project": "camera-pose-regression",
         "version": tomllib.loads(PROJECT.read_text())["project"]["version"],
         "model": args.model_name, "input": args.input, "precision": args.quantize or "fp32", "unit": unit,
-        "convention": "quaternions are scalar first; camera-to-world or world-to-camera, as in the labels of the "
-                      f"training{trained_on}",
+        "convention": f"quaternions are scalar first, {meaning}",
         "scene_names": json.dumps(scene_names),
         "weights_sha256": sha256(args.checkpoint_path),
     }

@@ -5,6 +5,7 @@ Their colours (Okabe & Ito; plasma) are distinct for colour-blind readers and in
 import numpy as np
 import torch
 
+from datasets.official import CONVENTIONS
 from util.files import whole_file
 from util.metrics import kept_errors
 from util.rotations import unit_poses
@@ -27,16 +28,16 @@ def draw_training(path, losses, curves, final=None):
     save(training(np.array(losses), np.array(curves, float), final), path)
 
 
-def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None, novelty=None):
+def draw_test(prefix, labels, truth, estimate, errors, frame, caption, before=None, novelty=None, convention=None):
     """Write the pictures of a test, and return their paths.
 
     They are <prefix>_positions.png, _errors.png, _sequences.png and _worst.png and, with novelty, _novelty.png.
 
     labels: a label file's table, N rows. truth, estimate: poses N x 7. errors: (position, orientation), N each, in
     metres and degrees. frame: row's position -> PIL image. caption: above every picture. before: the errors of the APR
-    alone, where a PAE or a refinement was tested. novelty: N, where it is known.
+    alone, where a PAE or a refinement was tested. novelty: N, where it is known. convention: as `vertical` takes it.
     """
-    figures = {"positions": positions(labels["scene"], truth, estimate, errors[0]),
+    figures = {"positions": positions(labels["scene"], truth, estimate, errors[0], convention),
                "errors": cumulative(labels["scene"], errors, before),
                "sequences": sequences(labels, errors, before), "worst": worst(labels, errors, frame)}
     if novelty is not None and np.isfinite(novelty).any():
@@ -86,11 +87,11 @@ def training(losses, curves, final=None):
     return figure
 
 
-def positions(scenes, truth, estimate, errors):
+def positions(scenes, truth, estimate, errors, convention=None):
     """True and estimated positions from above and from the side, a row per scene.
 
     Each estimate is joined to its true position and coloured by its error. scenes: N names. truth, estimate: poses
-    N x 7. errors: N, in metres.
+    N x 7. errors: N, in metres. convention: as `vertical` takes it.
     """
     from matplotlib import colormaps
     from matplotlib.collections import LineCollection
@@ -103,7 +104,7 @@ def positions(scenes, truth, estimate, errors):
     for row, name in zip(panels, names):
         frames = np.flatnonzero(scenes == name)
         true, found, error = truth[frames, :3], estimate[frames, :3], errors[frames]
-        up, downwards = vertical(truth[frames])
+        up, downwards = vertical(truth[frames], convention)
         others = [(up + 1) % 3, (up + 2) % 3][::-1 if downwards else 1]  # right-handed, seen from above
         finite = np.isfinite(found).all(axis=1)
         spread = np.subtract(*np.percentile(true[:, others], (95, 5), axis=0))
@@ -237,30 +238,28 @@ def left_out(errors, novelty):
     return figure
 
 
-def vertical(poses):
+def vertical(poses, convention=None):
     """A scene's vertical axis: its number, and whether it points down. poses: N x 7.
 
     It is the axis along which the images' own vertical agrees best, which is right for cameras that look less than 45
-    degrees up or down. The convention of the quaternions is not known here: for such cameras the images agree less
-    under the wrong one, unless both give the same axis.
+    degrees up or down. convention: of the quaternions, of official.CONVENTIONS. Where it is unknown (None), it is taken
+    to be the one under which the images agree more. For such cameras the axis is the same.
     """
-    down, _ = max(_camera_axes(poses), key=lambda axes: torch.linalg.vector_norm(axes[0]))
+    meanings = {True, False} if convention is None else {CONVENTIONS[convention]}
+    down = max((camera_axes(poses, meaning)[0].nanmean(dim=1) for meaning in meanings), key=torch.linalg.vector_norm)
     axis = int(down.abs().argmax())
     return axis, bool(down[axis] > 0)
 
 
-def optical_axes(poses):
-    """The cameras' viewing directions, under the convention of the quaternions that `vertical` finds: N x 3."""
-    return max(_camera_axes(poses), key=lambda axes: torch.linalg.vector_norm(axes[0]))[1].T.numpy()
+def camera_axes(poses, camera_to_world):
+    """The images' downward axes and the cameras' optical axes: 3 x N each. poses: N x 7.
 
-
-def _camera_axes(poses):
-    """Under either convention, the images' mean downward axis, 3, and the cameras' optical axes, 3 x N."""
+    camera_to_world: whether that is what quaternions are; otherwise they are world-to-camera.
+    """
     w, x, y, z = unit_poses(torch.as_tensor(poses, dtype=torch.double))[:, 3:].T
-    for sign in (1, -1):  # camera-to-world, world-to-camera
-        down = torch.stack((2 * (x * y - sign * w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + sign * w * x)))
-        ahead = torch.stack((2 * (x * z + sign * w * y), 2 * (y * z - sign * w * x), 1 - 2 * (x * x + y * y)))
-        yield down.nanmean(dim=1), ahead
+    w = w if camera_to_world else -w
+    return (torch.stack((2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x))),
+            torch.stack((2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y))))
 
 
 def _worst_frames(keys, error):

@@ -1,24 +1,26 @@
 """The picture of predicted poses among those that the APR was trained on."""
 import numpy as np
 
-from engine.plots import COLOURS, limits_of, new_figure, optical_axes, save, to_one_scale, vertical
+from datasets.official import CONVENTIONS
+from engine.plots import COLOURS, camera_axes, limits_of, new_figure, save, to_one_scale, vertical
 
 
-def draw_predictions(path, training, poses, novelty=None):
+def draw_predictions(path, training, poses, novelty=None, convention=None):
     """Write a picture of predicted poses among those of the training, from above and from the side; returns path.
 
-    training: M x 7. poses: N x 7, NaN for rejected ones. novelty: N, or None.
+    training: M x 7. poses: N x 7, NaN for rejected ones. novelty: N, or None. convention: of official.CONVENTIONS, or
+    None where it is unknown: then there are no viewing directions.
     """
-    save(predicted(training, poses, novelty), path)
+    save(predicted(training, poses, novelty, convention), path)
     return path
 
 
-def predicted(training, poses, novelty=None):
-    """Predicted positions with viewing directions, among the training's, from above and from the side."""
+def predicted(training, poses, novelty=None, convention=None):
+    """Predicted positions among the training's, from above and from the side."""
     poses = np.asarray(poses, float)
     finite = np.isfinite(poses).all(axis=1)
     known = training if len(training) else poses[finite]
-    up, downwards = vertical(known) if len(known) else (2, False)
+    up, downwards = vertical(known, convention) if len(known) else (2, False)
     others = [(up + 1) % 3, (up + 2) % 3][::-1 if downwards else 1]
     figure, panels = new_figure(9.5, 4.6, 1, 2)
     marks = {"c": COLOURS[1]} if novelty is None else {"c": np.asarray(novelty)[finite], "cmap": "plasma"}
@@ -27,9 +29,10 @@ def predicted(training, poses, novelty=None):
         for some, label, grey, style in ((training, "trained on", "0.8", {"s": 5, "c": "0.7"}),
                                          (poses[finite], "predicted", "0.4", {"s": 16, **marks})):
             if len(some):
-                ahead = optical_axes(some)
-                axes.quiver(some[:, a], some[:, b], ahead[:, a], ahead[:, b], angles="xy", color=grey, width=0.002,
-                            scale=25, headwidth=4)
+                if convention is not None:
+                    ahead = camera_axes(some, CONVENTIONS[convention])[1].numpy()
+                    axes.quiver(some[:, a], some[:, b], ahead[a], ahead[b], angles="xy", color=grey, width=0.002,
+                                scale=25, headwidth=4)
                 points = axes.scatter(some[:, a], some[:, b], zorder=3, label=label, **style)
         axes.set(xlabel=f"{'xyz'[a]} [m]", ylabel=f"{'xyz'[b]} [m]", title=f"from {side}")
         if len(everything):

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets.labels import POSE_COLUMNS, write_labels
+from datasets.labels import POSE_COLUMNS, read_convention, write_labels
+from datasets.official import CONVENTIONS, convention_of_scenes
 from engine.novelty import RESULTS, log_novelty
 from engine.plots import draw_test
 from engine.prediction_plot import draw_predictions
@@ -45,6 +46,15 @@ def scene_names_of(model_name, config, checkpoint_path):
         names, source, others, other_source = in_json, f"{json_file} says", in_config, "the preset or the config"
     logging.info("Scenes: %s, as %s; not %s, as %s", ", ".join(names), source, ", ".join(others), other_source)
     return names
+
+
+def convention_of(about_weights, scene_names):
+    """The convention of an APR's quaternions, of official.CONVENTIONS, or None where it is unknown.
+
+    about_weights: the JSON beside its weights. Without it, the papers' scenes are known by name.
+    """
+    convention = about_weights.get("convention")
+    return convention if convention in CONVENTIONS else convention_of_scenes(scene_names or ())
 
 
 def report(run, tested, dataset, results, scene_names=None, leaked=False):
@@ -86,7 +96,8 @@ def report(run, tested, dataset, results, scene_names=None, leaked=False):
     if leaked:
         caption += f": {LEAKED}"
     pictures = draw_test(run.prefix, dataset.labels, dataset.truth.numpy(), poses.numpy(), errors, dataset.frame,
-                         caption, apr_errors, novelty)
+                         caption, apr_errors, novelty,
+                         read_convention(dataset.labels_file, dataset.labels["scene"]))
     logging.info("Pictures: %s", ", ".join(pictures))
 
 
@@ -121,11 +132,12 @@ def read_training_poses(about_weights, encoder, origin):
     return np.zeros((0, 7)) if encoder is None else to_world(encoder.memory.poses, origin).cpu().numpy()
 
 
-def report_images(run, images, results, scene_names, origin, trained_on):
+def report_images(run, images, results, scene_names, origin, trained_on, convention=None):
     """Write the predicted poses of images without labels, draw them, and log how long they took.
 
     images: their `names`, N, and `times`, N seconds or None. results: as for `image_table`, and 'readable', N, says
-    which images have a pose. trained_on: poses that the APR was trained on, M x 7, perhaps none.
+    which images have a pose. trained_on: poses that the APR was trained on, M x 7, perhaps none. convention: as for
+    draw_predictions.
     """
     readable = results["readable"]
     table = pd.DataFrame({"img_path": images.names})
@@ -134,8 +146,11 @@ def report_images(run, images, results, scene_names, origin, trained_on):
     of_images = {key: rows[readable] for key, rows in results.items() if key != "milliseconds_alone"}
     predictions = image_table(run, table[readable.numpy()].reset_index(drop=True), of_images, scene_names, origin)
     write_predictions(run.predictions_path, predictions, results["milliseconds_alone"].numpy())
+    if convention is None:
+        logging.info("The picture has no viewing directions: nothing says whose convention the quaternions have")
     logging.info("Picture: %s", draw_predictions(f"{run.prefix}_predicted.png", trained_on,
-                                                 predictions[POSE_COLUMNS].to_numpy(), predictions.get("novelty")))
+                                                 predictions[POSE_COLUMNS].to_numpy(), predictions.get("novelty"),
+                                                 convention))
 
 
 def image_table(run, table, results, scene_names, origin):

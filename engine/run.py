@@ -68,7 +68,8 @@ def start(args, suffix="", sections=()):
     if args.max_novelty is not None and not args.predictions_path:
         raise UserError("--max_novelty rejects poses in the file of --predictions_path; give that too")
     _check_files(args)
-    set_unit(unit_of(args))
+    unit = unit_of(args)
+    set_unit(unit)
     prefix = start_log(args, suffix) if processes.rank() == 0 else log_nowhere()
     logging.info("Start %s with %s", args.model_name, args.mode)
     logging.info("Command: %s", " ".join(sys.argv))
@@ -81,7 +82,7 @@ def start(args, suffix="", sections=()):
 
     device = device_of(args.device, config["device_id"])
     _start_torch(args.seed, device)
-    _warn_of_another_unit(args)
+    _warn_of_another_unit(args, unit)
     run = Run(config, device, seed=args.seed, prefix=processes.broadcast(prefix) + suffix, labels_file=args.labels_file,
               cache_dir=args.cache_dir, predictions_path=args.predictions_path, max_novelty=args.max_novelty,
               tensorboard=args.tensorboard)
@@ -101,10 +102,11 @@ def start(args, suffix="", sections=()):
 
 def about(run, model, scene_names):
     """The content of the JSON beside a run's weights. scene_names: in the order of the scene indices, or None."""
-    from datasets.labels import read_unit
+    from datasets.labels import read_convention, read_unit
 
     return {"model": model, "config": run.config, "scene_names": scene_names, "labels_file": run.labels_file,
-            "seed": run.seed, "unit": read_unit(run.labels_file) if run.labels_file else "m"}
+            "seed": run.seed, "unit": read_unit(run.labels_file),
+            "convention": read_convention(run.labels_file, scene_names or ())}
 
 
 def parser(description, models, modes=("train", "test")):
@@ -218,13 +220,12 @@ def unit_of(args):
     return read_about(args.checkpoint_path).get("unit", "m") if args.checkpoint_path else "m"
 
 
-def _warn_of_another_unit(args):
-    """Warn where the APR was trained on labels of another unit than those that are given."""
+def _warn_of_another_unit(args, unit):
+    """Warn where the APR was trained on labels of another unit than that of those that are given."""
     from models.checkpoints import read_about
 
     path = getattr(args, "apr_checkpoint_path", None) or getattr(args, "checkpoint_path", None)
     trained_in = read_about(path).get("unit") if path else None
-    unit = unit_of(args)
     if trained_in is not None and trained_in != unit:
         logging.warning("%s was trained on positions in %s, but those of %s are in %s: position errors mean nothing, "
                         "unless it is trained anew", path, trained_in, args.labels_file, unit)

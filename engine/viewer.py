@@ -1,8 +1,7 @@
 """A page to look at poses: cameras in 3D, and the image and the numbers of each.
 
-    python -m engine.viewer PREDICTIONS.csv [OUT.html] --dataset_path DIR
-        --convention {7Scenes,CambridgeLandmarks,colmap} [--labels_file TRUE.csv] [--training_labels TRAIN.csv]
-        [--scene NAME]
+    python -m engine.viewer PREDICTIONS.csv [OUT.html] --dataset_path DIR [--labels_file TRUE.csv]
+        [--training_labels TRAIN.csv] [--scene NAME] [--convention {7Scenes,CambridgeLandmarks,colmap}]
 
 The convention is that of the labels that the APR was trained on, as in datasets.export_poses: the poses alone do not
 tell it. The page is one file, which needs no network: it holds plotly's JavaScript, the poses and small images. Its
@@ -22,9 +21,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets.export_poses import CONVENTIONS, camera_to_world
+from datasets.export_poses import camera_to_world
 from datasets.images import UnreadableImage, read_image
-from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_labels, read_unit
+from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_convention, read_labels, read_unit
+from datasets.official import CONVENTIONS
 from datasets.resources import n_cores
 from engine.plots import COLOURS, LEAST, limits_of
 from util import cli
@@ -279,9 +279,10 @@ def _arguments():
     parser.add_argument("predictions", metavar="PREDICTIONS.csv", help="a file of --predictions_path, or a label file")
     parser.add_argument("output", metavar="OUT.html", nargs="?", help="(default: beside PREDICTIONS.csv)")
     parser.add_argument("--dataset_path", metavar="DIR", required=True, help="the folder that img_path is relative to")
-    parser.add_argument("--convention", required=True, choices=CONVENTIONS,
+    parser.add_argument("--convention", choices=CONVENTIONS,
                         help="whose convention the files' quaternions have: a dataset's, or that of labels of "
-                             "prepare_colmap (camera-to-world, as 7Scenes)")
+                             "prepare_colmap (camera-to-world, as 7Scenes) (default: what the JSON beside the label "
+                             "files, or the names of the papers' scenes, say)")
     parser.add_argument("--labels_file", metavar="TRUE.csv", help="the frames' true poses, to be drawn")
     parser.add_argument("--training_labels", metavar="TRAIN.csv", help="training poses, to be drawn")
     parser.add_argument("--scene", metavar="NAME", help="the scene to draw, of several")
@@ -305,11 +306,23 @@ def _unit_of(args):
     return units[0]
 
 
+def _convention_of(args, scene):
+    """The convention of the files' quaternions. Raises UserError where none is given or known, or another is known."""
+    paths = [path for path in (args.labels_file, args.training_labels, args.predictions) if path]
+    known = next((found for path in paths if (found := read_convention(path, [scene] if scene else ()))), None)
+    if args.convention is None and known is None:
+        raise UserError(f"{paths[0]}: nothing says whose convention its quaternions have; give --convention: "
+                        f"{', '.join(CONVENTIONS)}")
+    if args.convention and known and CONVENTIONS[args.convention] != CONVENTIONS[known]:
+        raise UserError(f"--convention {args.convention}: the files' quaternions are as in {known}; leave it out")
+    return args.convention or known
+
+
 def main():
     """Write the page that the command line asks for."""
     args = _arguments()
     table, scene = read_predictions(args.predictions, args.scene)
-    poses, unit = poses_of(table), _unit_of(args)
+    poses, unit, convention = poses_of(table), _unit_of(args), _convention_of(args, scene)
     truth = read_truth(args.labels_file, table["img_path"].to_numpy()) if args.labels_file else None
     training = read_training(args.training_labels, scene) if args.training_labels else None
     if truth is not None:
@@ -317,7 +330,7 @@ def main():
     name, values, limit = colouring(table, unit)
     data = {"names": list(table["img_path"]), "hover": [html.escape(name) for name in table["img_path"]],
             "value_name": name, "values": [x if np.isfinite(x) else None for x in values.tolist()], "limit": limit,
-            **scene_of(poses, truth, training, args.convention)}
+            **scene_of(poses, truth, training, convention)}
     data["axes"] = [f"{axis} {-x:+.0f} [{unit}]" if x else f"{axis} [{unit}]"
                     for axis, x in zip("xyz", data.pop("origin"), strict=True)]
     data["labels"], data["texts"] = texts_of(table, truth, unit)

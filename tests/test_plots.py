@@ -4,10 +4,13 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SHARED
+from matplotlib.quiver import Quiver
 from PIL import Image
 
 from datasets.labels import poses_of, read_labels
+from datasets.official import convention_of_scenes
 from engine import plots
+from engine.prediction_plot import predicted
 from util.metrics import pose_err
 
 PUBLISHED_LABELS = SHARED / "data" / "labels"
@@ -94,7 +97,21 @@ def test_each_estimate_is_joined_to_its_truth_and_coloured_by_its_error(tested):
 def test_the_vertical_axis_of_the_datasets_is_found(name, vertical):
     table = read_labels(PUBLISHED_LABELS / f"{name}.csv")
     for scene, rows in table.groupby("scene"):
-        assert plots.vertical(np.array(poses_of(rows))) == vertical, scene
+        for convention in (None, convention_of_scenes([scene])):
+            assert plots.vertical(np.array(poses_of(rows)), convention) == vertical, scene
+
+
+@pytest.mark.parametrize("convention, ahead", [("7Scenes", [[1, 0]]), ("colmap", [[1, 0]]),
+                                               ("CambridgeLandmarks", [[-1, 0]]), (None, [])])
+def test_viewing_directions_are_drawn_where_the_convention_is_known(convention, ahead):
+    """A camera turned by a right angle about y, the vertical axis, seen from above."""
+    poses = np.array([(0, 0, 0, 1, 0, 1, 0), (1, 0, 1, np.nan, 0, 0, 0)])
+    above, side = predicted(np.zeros((0, 7)), poses, convention=convention).axes[:2]
+    drawn = {axes: [[u, v] for arrows in axes.collections if isinstance(arrows, Quiver)
+                    for u, v in zip(arrows.U, arrows.V)] for axes in (above, side)}
+    assert (above.get_xlabel(), above.get_ylabel(), side.get_ylabel()) == ("x [m]", "z [m]", "y [m]")
+    np.testing.assert_allclose(np.reshape(drawn[above], (-1, 2)), np.reshape(ahead, (-1, 2)), atol=1e-12)
+    assert len(drawn[side]) == len(ahead)
 
 
 def test_cumulative_error_curves_are_shares_of_frames():

@@ -21,6 +21,7 @@ from prepare_layouts import (
 )
 
 from datasets import prepare_7scenes
+from datasets.labels import describe
 from util.errors import first_five
 
 
@@ -47,7 +48,9 @@ def test_7scenes_label_files(tmp_path):
     output = call_well(prepare_7scenes, tmp_path, "--labels_path", tmp_path / "labels")
     names = {f"abs_7scenes_pose.csv_{scene}_{split}.csv"
              for scene in ("office", "chess", "attic") for split in ("train", "test")}
-    assert {path.name for path in (tmp_path / "labels").iterdir()} == {*names, "7scenes_all_scenes.csv"}
+    described = {f"abs_7scenes_pose.csv_attic_{split}.json" for split in ("train", "test")}  # no scene of the papers
+    assert {path.name for path in (tmp_path / "labels").iterdir()} == {*names, *described, "7scenes_all_scenes.csv"}
+    assert {describe(tmp_path / "labels" / name)["convention"] for name in described} == {"7Scenes"}
     for row, x in zip(read_rows(tmp_path / "labels/abs_7scenes_pose.csv_chess_test.csv"), (20, 21, 22), strict=True):
         assert row[:4] == ["chess", "test", "seq-02", f"chess/seq-02/frame-{x - 20:06d}.color.png"]
         np.testing.assert_allclose(pose_of(row), [x, 2, 3, 0.5 ** 0.5, 0, 0, 0.5 ** 0.5], atol=1e-9)

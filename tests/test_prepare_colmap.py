@@ -55,12 +55,14 @@ def test_a_folder_above_a_colmap_model(below, tmp_path):
 def test_two_images_scale_a_colmap_model_to_metres(tmp_path):
     poses = write_model(tmp_path / "model", False)
     assert "positions in model units" in call_well(prepare_colmap, tmp_path / "model", tmp_path / "unscaled")
-    assert json.loads((tmp_path / "unscaled/unscaled_test.json").read_text()) == {"unit": "model units"}
+    assert json.loads((tmp_path / "unscaled/unscaled_test.json").read_text()) == {
+        "unit": "model units", "convention": "colmap"}
     output = call_well(prepare_colmap, tmp_path / "model", tmp_path / "attic", "--scale_by", NAMES[3], NAMES[20], 2.5)
     assert "positions in metres" in output
     factor = 2.5 / np.linalg.norm(poses[NAMES[3]][0] - poses[NAMES[20]][0])
     for split in ("train", "test"):
-        assert json.loads((tmp_path / f"attic/attic_{split}.json").read_text()) == {"unit": "m"}
+        assert json.loads((tmp_path / f"attic/attic_{split}.json").read_text()) == {
+            "unit": "m", "convention": "colmap"}
         for row in read_rows(tmp_path / f"attic/attic_{split}.csv"):
             centre, quaternion = poses[row[3]]
             np.testing.assert_allclose(pose_of(row), [*(factor * centre), *quaternion], atol=1e-12)

@@ -11,7 +11,7 @@ from prepare_layouts import call_well, error_of, listing, pose_of, read_rows
 from transforms3d.quaternions import mat2quat, quat2mat
 
 from datasets import merge_labels, preparation, prepare_photos
-from datasets.labels import read_unit
+from datasets.labels import describe, read_unit
 from datasets.synthetic_scenes.paths import camera_path
 from datasets.synthetic_scenes.render import render
 from datasets.synthetic_scenes.rooms import make_room
@@ -278,6 +278,7 @@ def test_the_unit_of_a_label_file(tmp_path):
         assert read_unit(path) == unit
     for text, words in (('{"unit": "feet"}', 'unit "feet" is unknown; it must be "m" or "model units"'),
                         ("{}", "unit null is unknown"), ("[1]", "unit null is unknown"),
+                        ('{"unit": "m", "convention": "visloc"}', 'convention "visloc" is unknown; it must be "7Sc'),
                         ("{unit", "attic.json: not readable as JSON")):
         path.with_suffix(".json").write_text(text)
         with pytest.raises(UserError, match=words):
@@ -292,12 +293,16 @@ def write_scenes(folder, *scenes):
 def test_label_files_are_merged(tmp_path):
     paths = write_scenes(tmp_path, "attic", "cellar", "shed")
     for path in paths:
-        path.with_suffix(".json").write_text('{"unit": "model units"}')
+        path.with_suffix(".json").write_text('{"unit": "model units", "convention": "colmap"}')
     output = call_well(merge_labels, *paths, tmp_path / "all.csv")
     merged, rows = read_rows(tmp_path / "all.csv"), [row for path in paths for row in read_rows(path)]
     assert [row[:4] for row in merged] == [row[:4] for row in rows]
     np.testing.assert_array_equal([pose_of(row) for row in merged], [pose_of(row) for row in rows])
-    assert read_unit(tmp_path / "all.csv") == "model units" and "6 frames (attic: 2, cellar: 2, shed: 2)" in output
+    assert describe(tmp_path / "all.csv") == {"unit": "model units", "convention": "colmap"}
+    assert "6 frames (attic: 2, cellar: 2, shed: 2)" in output
+    paths[1].with_suffix(".json").write_text('{"unit": "model units"}')
+    call_well(merge_labels, *paths, tmp_path / "all.csv")
+    assert describe(tmp_path / "all.csv") == {"unit": "model units"}  # of one scene it is unknown
 
 
 def test_a_mistake_with_files_to_merge_ends_in_one_clear_line(tmp_path):
@@ -313,6 +318,11 @@ def test_a_mistake_with_files_to_merge_ends_in_one_clear_line(tmp_path):
     assert "is a file to merge" in error_of(merge_labels, attic, cellar, cellar)
     cellar.with_suffix(".json").write_text('{"unit": "model units"}')
     assert "cellar.csv: positions in model units, but in m in" in error_of(merge_labels, attic, cellar, out)
+    for path, convention in ((attic, "colmap"), (cellar, "CambridgeLandmarks")):
+        path.with_suffix(".json").write_text(f'{{"unit": "m", "convention": "{convention}"}}')
+    assert "cellar.csv: quaternions as in CambridgeLandmarks, but as in colmap in" in error_of(
+        merge_labels, attic, cellar, out)
+    attic.with_suffix(".json").unlink()
     cellar.with_suffix(".json").write_text('{"unit": "ells"}')
     assert 'unit "ells" is unknown' in error_of(merge_labels, attic, cellar, out)
     assert not out.exists() and not out.with_suffix(".json").exists()

@@ -207,6 +207,15 @@ def test_no_augment_trains_on_the_test_transform(layout, monkeypatch):
     assert not any(any(torch.equal(image, centre) for image in images) for centre in centres)
 
 
+def test_the_convention_of_the_labels_is_kept_with_the_weights(layout):
+    shutil.copy(layout / "train.csv", layout / "known.csv")
+    (layout / "known.json").write_text('{"unit": "m", "convention": "colmap"}')
+    (layout / "chess.csv").write_text((layout / "train.csv").read_text().replace("attic,", "chess,"))
+    for labels, convention in (("known.csv", "colmap"), ("chess.csv", "7Scenes"), ("train.csv", None)):
+        output = run_here("main.py", *arguments(layout, "train", labels), "n_epochs=1", "n_workers=0")
+        assert json.loads(weights_of(output).with_suffix(".json").read_text())["convention"] == convention
+
+
 def test_a_label_files_unit_is_that_of_the_log_and_the_weights(layout, trainings):
     shutil.copy(layout / "test.csv", layout / "unscaled.csv")
     (layout / "unscaled.json").write_text('{"unit": "model units"}')

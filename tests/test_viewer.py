@@ -192,6 +192,26 @@ def test_positions_in_model_units_are_no_metres(tmp_path):
         "--labels_file", tmp_path / "true.csv", "--training_labels", tmp_path / "train.csv")
 
 
+def test_the_convention_is_asked_for_where_nothing_says_it(tmp_path):
+    write_image(tmp_path / "a.png", RED)
+    turned = [row(f"{name}.png", (i, 0, 0), (1, 0, 1, 0)) for i, name in enumerate("ab")]
+    for name in ("pred", "true"):
+        write_labels(tmp_path / f"{name}.csv", turned)
+    viewed = viewer, tmp_path / "pred.csv", "--dataset_path", tmp_path
+    assert "true.csv: nothing says whose convention its quaternions have; give --convention: 7Scenes, Camb" in error_of(
+        *viewed, "--labels_file", tmp_path / "true.csv")
+    (tmp_path / "true.json").write_text('{"unit": "m", "convention": "CambridgeLandmarks"}')
+    call_well(*viewed, "--labels_file", tmp_path / "true.csv")
+    known = data_of(tmp_path / "pred.html")["estimate"]
+    assert known == view(tmp_path, convention="CambridgeLandmarks")[1]["estimate"]
+    assert known != view(tmp_path, convention="7Scenes")[1]["estimate"]
+    assert "--convention colmap: the files' quaternions are as in CambridgeLandmarks; leave it out" in error_of(
+        *viewed, "--labels_file", tmp_path / "true.csv", "--convention", "colmap")
+    write_labels(tmp_path / "pred.csv", [line.replace("attic", "GreatCourt") for line in turned])
+    call_well(*viewed)
+    assert data_of(tmp_path / "pred.html")["estimate"] == known
+
+
 def test_positions_far_from_the_origin_are_drawn_near_it(tmp_path):
     write_image(tmp_path / "a.png", RED)
     far = np.array((512300.25, -5402100.5, 0))
