@@ -17,7 +17,6 @@ import torch
 from bench import common, gpu_checks, gpu_scripts
 from bench.gpu_trial import CPU, GPU, Skipped, Trial
 from bench.models import own_process
-from bench.variants import MODELS
 from engine.run import device_of
 from util import cli
 
@@ -49,7 +48,7 @@ def checks(trial, process):
               for name in ("posenet-mobilenet", "ems-transposenet")),
             ("training posenet-mobilenet waits for data", gpu_checks.waiting)],
         "speed": [(f"training {name}", partial(gpu_checks.speed, name, process=process))
-                  for name in (*MODELS, "pae", "refiner", "iapr")],
+                  for name in (*trial.scale.timed, "pae", "refiner", "iapr")],
         "compile": [(f"torch.compile of {name}", partial(gpu_checks.compilation, name, process=process))
                     for name in trial.scale.compiled],
     }

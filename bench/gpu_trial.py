@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from bench.variants import MODELS
 from datasets import transforms
 from datasets.synthetic_scenes.paths import TRAIN_SEQUENCES
 from engine.scripts import run_script
@@ -42,7 +43,8 @@ class Scale:
     n_epochs: of PoseNet's training; n_frozen_epochs: of those with frozen norms.
     batch_size, n_workers: of these trainings. n_batches: of the epoch in which waiting for data is timed.
     n_watched: batches of the loops that may not wait for the GPU.
-    speed_batch: the batch size of timed trainings, None: the published ones. rounds, seconds: as bench.models has them.
+    timed: the APRs whose trainings are timed. speed_batch: the batch size of these, None: the published ones.
+    rounds, seconds: as bench.models has them.
     n_golden: the models of a kind that are compared with golden outputs, None: all.
     worse: how many times fp32's errors those in bf16 and fp16 may be.
     compiled: the models that torch.compile is tried on, and its backend.
@@ -56,6 +58,7 @@ class Scale:
     n_workers: int
     n_batches: int
     n_watched: int
+    timed: tuple
     speed_batch: int | None
     rounds: int
     seconds: float
@@ -66,12 +69,12 @@ class Scale:
 
 
 GPU = Scale(frames=40, width=320, size=224, n_epochs=20, n_frozen_epochs=6, batch_size=32, n_workers=4, n_batches=30,
-            n_watched=8, speed_batch=None, rounds=2, seconds=0.5, n_golden=None, worse=1.1,
+            n_watched=8, timed=tuple(MODELS), speed_batch=None, rounds=2, seconds=0.5, n_golden=None, worse=1.1,
             compiled=("posenet-mobilenet", "ems-transposenet"), backend="inductor")
 # Enough to see that the command works. The backend needs no C++ compiler.
 CPU = Scale(frames=2, width=64, size=32, n_epochs=3, n_frozen_epochs=2, batch_size=4, n_workers=0, n_batches=2,
-            n_watched=3, speed_batch=2, rounds=1, seconds=0, n_golden=1, worse=3,
-            compiled=("pae",), backend="aot_eager")
+            n_watched=3, timed=("posenet-mobilenet", "ems-transposenet"), speed_batch=2, rounds=1, seconds=0,
+            n_golden=1, worse=3, compiled=("pae",), backend="aot_eager")
 
 
 class Trial:

@@ -122,7 +122,8 @@ def predict(run, batches, function, description):
 
     Returns the dict of all frames' tensors, of all ranks, in order. description: of the progress bar.
     """
-    bar = progress(begun(batches), total=len(batches), desc=description, unit="batch")
+    n_batches = len(batches) if hasattr(batches, "__len__") else None
+    bar = progress(begun(batches), total=n_batches, desc=description, unit="batch")
     results = [function(to_device(batch, run.device)) for batch in bar]
     return processes.gather_rows(concatenate(results))
 

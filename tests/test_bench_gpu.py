@@ -7,15 +7,14 @@ import torch
 from conftest import ROOT, run_module_here
 
 from bench import golden, gpu, gpu_checks
-from bench.gpu_trial import GPU
-from bench.variants import MODELS
+from bench.gpu_trial import CPU, GPU
 from models import SOLVERS
 
 PASSED = ["golden outputs, PoseNet", "golden outputs, MS-Transformer", "golden outputs, PAEs", "golden outputs, iAPR",
           *(f"solver {name}" for name in SOLVERS), "killed and resumed",
           "errors in bf16", "errors in fp16", "two processes on one device, gloo",
           "training posenet-mobilenet waits for data",
-          *(f"{mode} {name}, batch 2" for name in (*MODELS, "iapr") for mode in ("training", "testing")),
+          *(f"{mode} {name}, batch 2" for name in (*CPU.timed, "iapr") for mode in ("training", "testing")),
           "training pae, batch 2", "training refiner, batch 2"]
 NEED_CUDA = ["state moved from GPU to CPU and back", "two processes on two GPUs, NCCL",
              *(f"{mode} {name} never waits for the GPU" for name in ("posenet-mobilenet", "ems-transposenet")
@@ -46,7 +45,7 @@ def test_every_check_runs_small_on_a_cpu(run):
     assert all("need" in rows[name]["figures"] for name in NEED_CUDA)
     assert status == 0
     assert rows["killed and resumed"]["figures"]["largest difference of weights"] <= 1e-5
-    for name in MODELS:
+    for name in CPU.timed:
         assert rows[f"training {name}, batch 2"]["figures"]["auto / plain"] > 0
 
 

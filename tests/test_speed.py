@@ -146,7 +146,7 @@ def test_a_folded_apr_computes_the_same_without_batch_norms(name, backbone_type)
         changed = infer(apr, image)
     for key in ("pose", "latent_x", "latent_q"):
         assert torch.allclose(given[key], wanted[key], atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(changed[key], wanted[key], atol=1e-2, rtol=1e-2)
+        assert not norms or not torch.allclose(changed[key], wanted[key], atol=1e-2, rtol=1e-2)
     assert all(torch.equal(value, before[key]) for key, value in apr.state_dict().items() if "bias" not in key)
 
 

@@ -1,4 +1,5 @@
 """How commands end: user errors and signals become one line and an exit status."""
+import atexit
 import contextlib
 import gc
 import logging
@@ -20,6 +21,7 @@ def run(command, advice=lambda: ""):
     advice: function without arguments that returns what a user can do after a signal, for that line.
     """
     gc.set_threshold(10_000)  # loading the libraries makes many objects and no garbage
+    atexit.register(gc.freeze)  # else Python looks for garbage once more when it exits, for a quarter of a second
     if "OMP_WAIT_POLICY" not in os.environ:
         # PyTorch's threads wait for each other in a loop of by default 300,000 rounds (libgomp), and so keep the cores
         # from whatever else runs: workers that decode, another training. Now they soon sleep instead.
@@ -38,8 +40,6 @@ def run(command, advice=lambda: ""):
             text = advice()
             _report(f"{stopped}" + (f"; {text}" if text else ""))
         sys.exit(stopped.status)
-    finally:
-        gc.freeze()  # else Python looks for garbage once more before it exits, for a quarter of a second
 
 
 def _run_naming_system_limits(command):
