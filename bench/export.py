@@ -37,10 +37,14 @@ class Eager:
     @torch.inference_mode()
     def __call__(self, images, threads):
         """Poses of N images."""
-        torch.set_num_threads(threads)
         self.apr.precision = self.precision
         images = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-        return infer(self.apr, images)["pose"].numpy()
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return infer(self.apr, images)["pose"].numpy()
+        finally:
+            torch.set_num_threads(before)
 
 
 class Exported:

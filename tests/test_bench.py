@@ -21,9 +21,10 @@ def test_a_benchmark_prints_its_tables_and_writes_them(tmp_path, monkeypatch, na
     if name == "pae":
         labels = write_labels(tmp_path / "labels.csv", write_scene(tmp_path, "attic", 6, "train"))
         arguments = [*arguments, "--dataset_path", tmp_path, "--labels_file", labels]
-    json_file = tmp_path / "result.json"
+    json_file, n_threads = tmp_path / "result.json", torch.get_num_threads()
     status, output, errors = run_module_here(importlib.import_module(f"bench.{name}"), *arguments, "--json", json_file)
     assert status == 0, errors
+    assert torch.get_num_threads() == n_threads  # else all later tests wait for each other
     result = json.loads(json_file.read_text())
     assert {title: len(table) for title, table in result.items() if title != "machine"} == rows
     for title in rows:
