@@ -1,16 +1,16 @@
 """Poses in the formats of other tools.
 
     python -m datasets.export_poses PREDICTIONS.csv OUT --format {tum,visloc,colmap,labels}
-        --convention {7Scenes,CambridgeLandmarks,colmap} [--frames LABELS.csv] [--name_parts N] [--model SPARSE]
+        [--convention {7Scenes,CambridgeLandmarks,colmap}] [--frames LABELS.csv] [--name_parts N] [--model SPARSE]
 
 PREDICTIONS.csv is a label file, or what a script wrote with --predictions_path. With --frames its frames are counted as
 in LABELS.csv: trajectories of the same frames then have the same times, whatever their order. Predictions of a video
-have its times, unless --frames is given. The convention is that of
-the labels that the APR was trained on: quaternions of 7Scenes and of prepare_colmap are camera-to-world, Cambridge's
-world-to-camera. Positions are the camera's in all. visloc names an image by its file's name; --name_parts 2 keeps the
-folder before it, which is the camera's in some of the benchmark's datasets. colmap writes a folder, a COLMAP model of
-images without points, with the intrinsics of the model in SPARSE; an image's name is its whole path, as prepare_colmap
-has it from the model.
+have its times, unless --frames is given. The convention is that of the labels that the APR was trained on: quaternions
+of 7Scenes and of prepare_colmap are camera-to-world, Cambridge's world-to-camera. The names of the papers' scenes tell
+it, or a JSON beside the file (labels.describe). Positions are the camera's in all. visloc names an image by its file's
+name; --name_parts 2 keeps the folder before it, which is the camera's in some of the benchmark's datasets. colmap
+writes a folder, a COLMAP model of images without points, with the intrinsics of the model in SPARSE; an image's name is
+its whole path, as prepare_colmap has it from the model.
 """
 import argparse
 import os
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
 
-from datasets.labels import POSE_COLUMNS, poses_of, read_labels, write_labels
+from datasets.labels import POSE_COLUMNS, poses_of, read_convention, read_labels, write_labels
 from datasets.official import CONVENTIONS
 from datasets.prepare_colmap import find_model, read_model
 from datasets.text_files import read_lines
@@ -37,6 +37,15 @@ COLMAP_FILES = {  # {file of a COLMAP text model: what its lines are}
     "images.txt": "# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME; then a line of points, empty here",
     "points3D.txt": "# No points",
 }
+
+
+def known_convention(paths, scenes):
+    """The convention that one of some files, or their scenes' names, tell. Raises UserError where nothing tells it."""
+    known = next((found for path in paths if (found := read_convention(path, scenes))), None)
+    if known is None:
+        raise UserError(f"{paths[0]}: nothing says whose convention its quaternions have; give --convention, which "
+                        f"is {' or '.join(CONVENTIONS)}")
+    return known
 
 
 def camera_to_world(poses, convention):
@@ -224,9 +233,10 @@ def _arguments():
                              "camera-to-world, quaternion x y z w; visloc: name qw qx qy qz tx ty tz, world-to-camera; "
                              "colmap: a COLMAP text model of images without points; labels: a label file (not for "
                              "poses of predict, which have no scenes)")
-    parser.add_argument("--convention", required=True, choices=CONVENTIONS,
+    parser.add_argument("--convention", choices=CONVENTIONS,
                         help="whose convention the file's quaternions have: a dataset's, or that of labels of "
-                             "prepare_colmap (camera-to-world, as 7Scenes)")
+                             "prepare_colmap (camera-to-world, as 7Scenes) (default: what the names of the papers' "
+                             "scenes, or the JSON beside the file, say)")
     parser.add_argument("--frames", metavar="LABELS.csv",
                         help="tum: count the frames as in this file, so that trajectories of the same frames have the "
                              "same times (default: as in PREDICTIONS.csv)")
@@ -259,7 +269,11 @@ def main():
     """Write the file or folder that the command line asks for."""
     args = _arguments()
     columns, summary = ["img_path", *POSE_COLUMNS], ""
-    table = read_labels(args.predictions, *([] if args.format == "labels" else [columns, ("time_s",)]))
+    optional = ("time_s", "scene", "predicted_scene")
+    table = read_labels(args.predictions, *([] if args.format == "labels" else [columns, optional]))
+    if args.format != "labels":
+        scenes = next((table[column] for column in ("scene", "predicted_scene") if column in table), ())
+        args.convention = args.convention or known_convention([args.predictions], scenes)
     frames = read_labels(args.frames, columns)["img_path"] if args.frames else None
     model = read_cameras(args.model) if args.format == "colmap" else None
     try:

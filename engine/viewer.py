@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets.export_poses import camera_to_world
+from datasets.export_poses import camera_to_world, known_convention
 from datasets.images import UnreadableImage, read_image
-from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_convention, read_labels, read_unit
+from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_labels, read_unit
 from datasets.official import CONVENTIONS
 from datasets.resources import n_cores
 from engine.plots import COLOURS, LEAST, limits_of
@@ -306,23 +306,14 @@ def _unit_of(args):
     return units[0]
 
 
-def _convention_of(args, scene):
-    """The convention of the files' quaternions. Raises UserError where none is given or known, or another is known."""
-    paths = [path for path in (args.labels_file, args.training_labels, args.predictions) if path]
-    known = next((found for path in paths if (found := read_convention(path, [scene] if scene else ()))), None)
-    if args.convention is None and known is None:
-        raise UserError(f"{paths[0]}: nothing says whose convention its quaternions have; give --convention: "
-                        f"{', '.join(CONVENTIONS)}")
-    if args.convention and known and CONVENTIONS[args.convention] != CONVENTIONS[known]:
-        raise UserError(f"--convention {args.convention}: the files' quaternions are as in {known}; leave it out")
-    return args.convention or known
-
-
 def main():
     """Write the page that the command line asks for."""
     args = _arguments()
     table, scene = read_predictions(args.predictions, args.scene)
-    poses, unit, convention = poses_of(table), _unit_of(args), _convention_of(args, scene)
+    poses, unit, convention = poses_of(table), _unit_of(args), args.convention
+    if convention is None:
+        paths = [path for path in (args.labels_file, args.training_labels, args.predictions) if path]
+        convention = known_convention(paths, [scene] if scene else ())
     truth = read_truth(args.labels_file, table["img_path"].to_numpy()) if args.labels_file else None
     training = read_training(args.training_labels, scene) if args.training_labels else None
     if truth is not None:

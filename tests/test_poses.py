@@ -58,6 +58,22 @@ def test_evo_reads_the_trajectories_and_finds_our_errors(files, convention, monk
     assert np.array_equal(some.positions_xyz, estimate.positions_xyz[[0, 3, 5]])
 
 
+def test_the_convention_is_asked_for_where_nothing_says_it(files):
+    def exported(*more):
+        status, _, errors = run_module_here(export_poses, files / "predictions.csv", files / "poses.tum", "--format",
+                                            "tum", *more)
+        return (files / "poses.tum").read_text() if not status else errors
+
+    turned, as_they_are = (exported("--convention", name) for name in ("CambridgeLandmarks", "7Scenes"))
+    assert turned != as_they_are
+    assert "predictions.csv: nothing says whose convention its quaternions have; give --convention" in exported()
+    (files / "predictions.json").write_text('{"unit": "m", "convention": "CambridgeLandmarks"}')
+    assert exported() == turned
+    (files / "predictions.json").unlink()
+    (files / "predictions.csv").write_text((files / "predictions.csv").read_text().replace("attic,", "chess,"))
+    assert exported() == as_they_are and exported("--convention", "CambridgeLandmarks") == turned
+
+
 @pytest.mark.parametrize("convention", export_poses.CONVENTIONS)
 def test_visloc_poses_lead_back_to_the_labels(files, convention):
     lines = convert(files, "labels", "visloc", convention).read_text().splitlines()
