@@ -40,12 +40,16 @@ COLMAP_FILES = {  # {file of a COLMAP text model: what its lines are}
 
 
 def known_convention(paths, scenes):
-    """The convention that one of some files, or their scenes' names, tell. Raises UserError where nothing tells it."""
-    known = next((found for path in paths if (found := read_convention(path, scenes))), None)
-    if known is None:
+    """The convention that files, or their scenes' names, tell. Raises UserError where nothing, or not one, is told."""
+    known = {path: found for path in paths if (found := read_convention(path, scenes))}
+    first = next(iter(known), None)
+    other = next((path for path in known if CONVENTIONS[known[path]] != CONVENTIONS[known[first]]), None)
+    if other is not None:
+        raise UserError(f"{other}: quaternions as in {known[other]}, but as in {known[first]} in {first}")
+    if first is None:
         raise UserError(f"{paths[0]}: nothing says whose convention its quaternions have; give --convention, which "
                         f"is {' or '.join(CONVENTIONS)}")
-    return known
+    return known[first]
 
 
 def camera_to_world(poses, convention):
@@ -72,7 +76,7 @@ def tum(table, convention, frames=None):
     if frames is not None:
         places, names = {name: i for i, name in reversed(list(enumerate(frames)))}, table["img_path"]
         unknown = (f"is not in the file of --frames, which begins with '{frames.iloc[0]}': "
-                   "these are poses of other frames")
+                   "these are poses of other frames, or their paths begin in another folder")
         for rows, problem in ((~names.isin(places), unknown), (names.duplicated(), "appears twice, but has one time")):
             if rows.any():
                 i = int(rows.to_numpy().argmax())

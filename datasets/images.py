@@ -27,6 +27,7 @@ HEIF_ADVICE = "" if HAS_HEIF else " (pip install pillow-heif reads them)"
 # A folder is searched for images with these extensions, which can be read here.
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
                     *((".avif",) if features.check("avif") else ()), *(HEIF_EXTENSIONS if HAS_HEIF else ()))
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv")
 # Pillow's modes of images that are read unchanged.
 _STORED = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")
 # What turns an image upright, by the value of the tag.
@@ -98,13 +99,20 @@ def path_is(path, extensions):
     return os.path.splitext(path)[1].lower() in extensions
 
 
+def is_video(path):
+    """Whether a path is that of a video, by its extension."""
+    return path_is(path, VIDEO_EXTENSIONS) and not os.path.isdir(path)
+
+
 def _pixels(path):
     """An image's numbers: H x W or H x W x channels."""
     if _is_tiff(path):
-        with contextlib.suppress(ValueError), tifffile.TiffFile(path) as file:  # a compression that it does not support
-            if file.pages[0].photometric.name in ("MINISBLACK", "RGB") and len(file.pages) == 1:
-                pixels = file.pages[0].asarray()
-                in_planes = pixels.ndim == 3 and len(pixels) in (3, 4) and pixels.shape[2] not in (3, 4)
+        # It does not support every compression.
+        with contextlib.suppress(ValueError, ImportError), tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            if page.photometric.name in ("MINISBLACK", "RGB") and len(file.pages) == 1:
+                pixels = page.asarray()
+                in_planes = pixels.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE
                 return np.moveaxis(pixels, 0, 2) if in_planes else pixels
     return _pillow_pixels(path)  # of TIFF: palettes, CMYK, YCbCr, white at 0, and the first of several pages
 

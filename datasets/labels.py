@@ -59,23 +59,25 @@ def write_labels(path, table):
 def describe(path):
     """What a label file's poses mean: {'unit': of their positions, and perhaps 'convention': of their quaternions}.
 
-    FILE.json, beside FILE.csv, says it; without that file the unit is 'm'. The unit is of UNITS, the convention of
+    FILE.json, beside FILE.csv, says it; unless it does, the unit is 'm'. The unit is of UNITS, the convention of
     official.CONVENTIONS. Raises UserError for others.
     """
     path = Path(path).with_suffix(".json")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {"unit": "m"}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON, such as {{\"unit\": \"m\"}}: "
                         f"{getattr(error, 'strerror', None) or error}") from error
-    about = about if isinstance(about, dict) else {}
-    for key, allowed in (("unit", UNITS), *([("convention", tuple(CONVENTIONS))] if "convention" in about else ())):
-        if about.get(key) not in allowed:
-            known = " or ".join(map(json.dumps, allowed))
-            raise UserError(f"{path}: {key} {json.dumps(about.get(key))} is unknown; it must be {known}")
-    return {key: about[key] for key in ("unit", "convention") if key in about}
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: not a JSON object, such as {{\"unit\": \"m\"}}")
+    about = {"unit": "m", **{key: about[key] for key in ("unit", "convention") if about.get(key) is not None}}
+    for key, allowed in (("unit", UNITS), ("convention", tuple(CONVENTIONS))):
+        if key in about and about[key] not in allowed:
+            raise UserError(f"{path}: {key} {json.dumps(about[key])} is unknown; it must be "
+                            + " or ".join(map(json.dumps, allowed)))
+    return about
 
 
 def read_unit(path):
@@ -318,6 +320,8 @@ def _fix(args):
     if fixed.empty:
         raise UserError(f"{args.labels_file}: no readable row; nothing to write")
     write_labels(args.output, fixed)
+    if (description := describe(args.labels_file)) != {"unit": "m"}:
+        write_description(args.output, description)
     for row, text in sorted(changes + [(row, f"dropped: {problem}") for row, problem in unreadable]):
         print(f"row {row}: {text}")
     print(f"{args.output}: {summarize(fixed, find_problems(fixed))}")

@@ -10,6 +10,7 @@ import os
 import pandas as pd
 
 from datasets.labels import read_convention, read_labels, read_unit, write_description, write_labels
+from datasets.official import CONVENTIONS
 from util import cli
 from util.errors import UserError, first_five
 from util.files import same_file
@@ -28,7 +29,8 @@ def merge(paths):
                         f"scenes to metres")
     conventions = {path: read_convention(path, table["scene"]) for path, table in tables.items()}
     known = [path for path in paths if conventions[path]]
-    other = next((path for path in known if conventions[path] != conventions[known[0]]), None)
+    meanings = {path: CONVENTIONS[conventions[path]] for path in known}
+    other = next((path for path in known if meanings[path] != meanings[known[0]]), None)
     if other is not None:
         raise UserError(f"{other}: quaternions as in {conventions[other]}, but as in {conventions[known[0]]} in "
                         f"{known[0]}; train on each alone")

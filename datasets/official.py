@@ -72,5 +72,5 @@ CONVENTIONS = {**{name: dataset.camera_to_world for name, dataset in DATASETS.it
 
 def convention_of_scenes(scenes):
     """The convention of labels of the papers' scenes: its name in CONVENTIONS. None for other scenes, or for none."""
-    return next((name for name, dataset in DATASETS.items() if set(scenes) and set(scenes) <= set(dataset.archives)),
-                None)
+    scenes = set(map(str, scenes))
+    return next((name for name, dataset in DATASETS.items() if scenes and scenes <= set(dataset.archives)), None)

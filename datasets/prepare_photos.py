@@ -20,7 +20,7 @@ import numpy as np
 import pycolmap  # here, since it takes SIGTERM when it is imported, and cli.run then takes it back
 from PIL import ExifTags, Image
 
-from datasets.images import UnreadableImage, path_is, read_header, read_image
+from datasets.images import UnreadableImage, is_video, path_is, read_header, read_image
 from datasets.labels import natural_key
 from datasets.preparation import (
     add_scale_by,
@@ -38,7 +38,7 @@ from datasets.preparation import (
 from datasets.prepare_colmap import find_model, read_model
 from datasets.resources import n_cores
 from datasets.unlabelled import find_images, folder_of
-from datasets.video import is_video, write_photos
+from datasets.video import write_photos
 from util import cli
 from util.errors import UserError, first_five
 from util.files import writing

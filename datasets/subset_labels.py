@@ -3,6 +3,7 @@
     python -m datasets.subset_labels FILE.csv OUT.csv --share 0.3 [--seed 0] [--by frames|sequences]
 """
 import argparse
+from pathlib import Path
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def main():
     labels, description = read_labels(args.labels_file), describe(args.labels_file)
     part = subset(labels, args.share, args.seed, args.by)
     write_labels(args.output, part)
-    if description != {"unit": "m"}:
+    if description != {"unit": "m"} or Path(args.output).with_suffix(".json").exists():
         write_description(args.output, description)
     counts = ", ".join(f"{scene} {(part['scene'] == scene).sum()} of {n}"
                        for scene, n in labels["scene"].value_counts(sort=False).items())

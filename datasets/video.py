@@ -11,14 +11,12 @@ import torch
 from PIL.Image import Transpose
 
 from datasets.image_cache import resize
-from datasets.images import path_is
 from datasets.transforms import test_transform
 from util import processes
 from util.errors import UserError
 from util.files import writing
 from util.progress import progress
 
-VIDEO_EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv")
 CUT_OFF = 0.5  # seconds before the end that a file names, from which on its frames are said to be missing
 # What turns frames upright, by a display matrix's signs (a, b, c, d): the stored pixel x to the right, y down is shown
 # a x + c y to the right, b x + d y down.
@@ -26,11 +24,6 @@ _UPRIGHT = {(-1, 0, 0, 1): Transpose.FLIP_LEFT_RIGHT, (-1, 0, 0, -1): Transpose.
             (1, 0, 0, -1): Transpose.FLIP_TOP_BOTTOM, (0, 1, 1, 0): Transpose.TRANSPOSE,
             (0, 1, -1, 0): Transpose.ROTATE_270, (0, -1, -1, 0): Transpose.TRANSVERSE,
             (0, -1, 1, 0): Transpose.ROTATE_90}
-
-
-def is_video(path):
-    """Whether a path is that of a video, by its extension."""
-    return path_is(path, VIDEO_EXTENSIONS) and not os.path.isdir(path)
 
 
 class Video:

@@ -23,8 +23,12 @@ def check_input_options(args):
     if args.as_stored and args.mode != "predict":
         raise UserError(f"--as_stored is for predict: {args.mode} takes frames as stored, as their labels are; leave "
                         "it out")
-    if args.every and not (args.mode == "predict" and _is_video(args.dataset_path)):
-        raise UserError("--every is for predict with a video, of which it takes every N-th frame; leave it out")
+    if args.every:
+        from datasets.images import VIDEO_EXTENSIONS, is_video
+
+        if args.mode != "predict" or not is_video(args.dataset_path):
+            raise UserError(f"--every is for predict with a video ({', '.join(VIDEO_EXTENSIONS)}), of which it takes "
+                            "every N-th frame; leave it out")
     if args.watch and not (args.mode == "predict" and os.path.isdir(args.dataset_path)):
         raise UserError("--watch is for predict with a folder, which must exist; leave it out otherwise")
     if args.watch and args.cache_dir:
@@ -33,16 +37,11 @@ def check_input_options(args):
 
 def open_input(images, as_stored, every):
     """The frames to predict: datasets.unlabelled.Images, or datasets.video.VideoFrames. Raises UserError for none."""
+    from datasets.images import is_video
     from datasets.unlabelled import Images
     from datasets.video import VideoFrames
 
-    return VideoFrames(images, every or 1, as_stored) if _is_video(images) else Images(images, as_stored)
-
-
-def _is_video(path):
-    from datasets.video import is_video  # here, since it loads PyTorch
-
-    return is_video(path)
+    return VideoFrames(images, every or 1, as_stored) if is_video(images) else Images(images, as_stored)
 
 
 def _every(text):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 
+from datasets.images import is_video
 from datasets.resources import n_cores
 from datasets.unlabelled import Images
 from engine.onnx_file import estimate, open_model, poses_of
@@ -27,6 +28,8 @@ def predict(arguments):
     """Predict as the arguments behind 'predict' say."""
     args = _parse(arguments)
     check_predictions_path(args)
+    if is_video(args.dataset_path):
+        raise UserError(f"{args.dataset_path}: an ONNX file predicts images, not videos; predict videos by the weights")
     session, about = open_model(args.checkpoint_path)
     if about["input"] != "frames":
         raise UserError(f"{args.checkpoint_path}: takes normalised tensors, not frames; export it without --input")

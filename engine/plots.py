@@ -243,9 +243,9 @@ def vertical(poses, convention=None):
 
     It is the axis along which the images' own vertical agrees best, which is right for cameras that look less than 45
     degrees up or down. convention: of the quaternions, of official.CONVENTIONS. Where it is unknown (None), it is taken
-    to be the one under which the images agree more. For such cameras the axis is the same.
+    to be the one under which the images agree more, which for several such cameras gives the same axis.
     """
-    meanings = {True, False} if convention is None else {CONVENTIONS[convention]}
+    meanings = (True, False) if convention is None else (CONVENTIONS[convention],)
     down = max((camera_axes(poses, meaning)[0].nanmean(dim=1) for meaning in meanings), key=torch.linalg.vector_norm)
     axis = int(down.abs().argmax())
     return axis, bool(down[axis] > 0)

@@ -51,10 +51,11 @@ def scene_names_of(model_name, config, checkpoint_path):
 def convention_of(about_weights, scene_names):
     """The convention of an APR's quaternions, of official.CONVENTIONS, or None where it is unknown.
 
-    about_weights: the JSON beside its weights. Without it, the papers' scenes are known by name.
+    about_weights: the JSON beside its weights. Where that does not say it, the papers' scenes are known by name.
     """
-    convention = about_weights.get("convention")
-    return convention if convention in CONVENTIONS else convention_of_scenes(scene_names or ())
+    convention, names = about_weights.get("convention"), scene_names or about_weights.get("scene_names")
+    known = isinstance(convention, str) and convention in CONVENTIONS
+    return convention if known else convention_of_scenes(names if isinstance(names, list) else ())
 
 
 def report(run, tested, dataset, results, scene_names=None, leaked=False):
@@ -147,7 +148,8 @@ def report_images(run, images, results, scene_names, origin, trained_on, convent
     predictions = image_table(run, table[readable.numpy()].reset_index(drop=True), of_images, scene_names, origin)
     write_predictions(run.predictions_path, predictions, results["milliseconds_alone"].numpy())
     if convention is None:
-        logging.info("The picture has no viewing directions: nothing says whose convention the quaternions have")
+        logging.info("The picture has no viewing directions: nothing says whose convention the quaternions have, as "
+                     "{\"convention\": \"7Scenes\"} would in a JSON beside the weights, of their name")
     logging.info("Picture: %s", draw_predictions(f"{run.prefix}_predicted.png", trained_on,
                                                  predictions[POSE_COLUMNS].to_numpy(), predictions.get("novelty"),
                                                  convention))

@@ -104,9 +104,10 @@ def about(run, model, scene_names):
     """The content of the JSON beside a run's weights. scene_names: in the order of the scene indices, or None."""
     from datasets.labels import read_convention, read_unit
 
+    convention = read_convention(run.labels_file, scene_names or ())
     return {"model": model, "config": run.config, "scene_names": scene_names, "labels_file": run.labels_file,
             "seed": run.seed, "unit": read_unit(run.labels_file),
-            "convention": read_convention(run.labels_file, scene_names or ())}
+            **({} if convention is None else {"convention": convention})}
 
 
 def parser(description, models, modes=("train", "test")):
@@ -236,6 +237,8 @@ def check_predictions_path(args):
     if args.mode == "train":
         raise UserError("--predictions_path is for testing; leave it out in training")
     path = args.predictions_path
+    if path == "-" and not getattr(args, "watch", False):
+        raise UserError("--predictions_path -: only --watch prints its rows; name a file")
     if os.path.isdir(path):
         raise UserError(f"--predictions_path {path}: is a folder; name a file")
     for labels_file in (args.labels_file, getattr(args, "ref_poses_file", None)):

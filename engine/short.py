@@ -63,6 +63,8 @@ def known_settings(path, encoder_path=None):
     from models import APR_NAMES
     from models.checkpoints import describe, read_about, read_weights
 
+    if str(path).endswith(".onnx"):
+        raise UserError(f"{path}: an ONNX file; the weights that it was exported from are needed")
     settings = describe(read_weights(path))
     model = settings.pop("kind", None)
     if model not in APR_NAMES:

@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from datasets.export_poses import camera_to_world, known_convention
-from datasets.images import UnreadableImage, read_image
+from datasets.images import UnreadableImage, is_video, read_image
 from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_labels, read_unit
 from datasets.official import CONVENTIONS
 from datasets.resources import n_cores
@@ -123,6 +123,10 @@ def read_thumbnails(folder, names):
     paths = [os.path.join(folder, name) for name in names]
     exist = [os.path.isfile(path) for path in paths]
     if not any(exist):
+        of_videos = [path.rpartition("#")[0] for path in paths]
+        if all(is_video(path) and os.path.isfile(path) for path in of_videos):
+            print("Images: frames of a video are shown without a picture")
+            return [None] * len(names)
         raise UserError(f"--dataset_path {folder}: has none of the {len(names)} images, such as {paths[0]}; give the "
                         "folder that img_path is relative to")
     found = [path for path, exists in zip(paths, exist, strict=True) if exists]
@@ -221,7 +225,7 @@ def scene_of(poses, truth, training, convention):
     trained = np.zeros((0, 7)) if training is None else training[np.isfinite(training).all(axis=1)]
     reference = np.concatenate((true[known], trained)) if known.any() or len(trained) else poses
     origin = far_origin(reference[:, :3])  # float32, which the page draws in, would move cameras far from 0
-    origin = np.zeros(3) if origin is None else origin.round()
+    origin = np.zeros(3) if origin is None or np.abs(origin).max() < 1000 else origin.round()
     everything = np.concatenate((true[known], trained, poses))[:, :3] - origin
     ranges = np.array([limits_of(everything[:, k]) for k in range(3)])
     size = 0.02 * np.linalg.norm(np.ptp(ranges, axis=1)) * min(1, 500 / len(poses)) ** (1 / 3)
@@ -313,7 +317,8 @@ def main():
     poses, unit, convention = poses_of(table), _unit_of(args), args.convention
     if convention is None:
         paths = [path for path in (args.labels_file, args.training_labels, args.predictions) if path]
-        convention = known_convention(paths, [scene] if scene else ())
+        of_first = read_labels(paths[0], ["img_path", *POSE_COLUMNS], optional=("scene",))
+        convention = known_convention(paths, [scene] if scene else of_first.get("scene", ()))
     truth = read_truth(args.labels_file, table["img_path"].to_numpy()) if args.labels_file else None
     training = read_training(args.training_labels, scene) if args.training_labels else None
     if truth is not None:

@@ -290,6 +290,10 @@ def test_mistakes_end_in_one_line(exported, photos, tmp_path, monkeypatch):
             (["export", photos, weights, *export[1:]], "calibrate --quantize int8 alone")):
         status, line = fails_here("main.py", *arguments)
         assert status == 2 and words in line, line
+    status, line = fails_here("main.py", "predict", tmp_path / "walk.mp4", "--checkpoint_path", onnx_file)
+    assert status == 2 and "walk.mp4: an ONNX file predicts images, not videos" in line
+    status, line = fails_here("main.py", "predict", photos, "--checkpoint_path", onnx_file, "--predictions_path", "-")
+    assert status == 2 and "--predictions_path -: only --watch prints its rows; name a file" in line
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, line = fails_here("main.py", "predict", photos, "--checkpoint_path", onnx_file)
     assert status == 2 and line.endswith("pip install onnxruntime")

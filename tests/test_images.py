@@ -108,6 +108,7 @@ def test_numbers_whose_range_does_not_tell_the_value_of_white_are_refused(tmp_pa
 def test_tiff_files_of_all_kinds_are_read(tmp_path, pixels):
     image = Image.fromarray(pixels)
     image.save(tmp_path / "lzw.tif", compression="tiff_lzw")
+    image.save(tmp_path / "zstd.tif", compression="zstd")
     image.save(tmp_path / "lzw_turned.tif", compression="tiff_lzw", tiffinfo={274: 8})
     Image.fromarray(GREY / np.float32(255)).save(tmp_path / "lzw_float.tif", compression="tiff_lzw")
     image.quantize(256).save(tmp_path / "palette.tif")
@@ -117,9 +118,10 @@ def test_tiff_files_of_all_kinds_are_read(tmp_path, pixels):
     tifffile.imwrite(tmp_path / "white_is_0.tif", 255 - GREY, photometric="miniswhite")
     tifffile.imwrite(tmp_path / "alpha.tif", np.dstack((pixels, GREY)), photometric="rgb", extrasamples=["unassalpha"])
     grey = np.repeat(GREY[..., None], 3, axis=2)
-    for name, expected, tolerance in (("lzw", pixels, 0), ("lzw_turned", pixels, 0), ("lzw_float", grey, 0),
-                                      ("palette", pixels, 24), ("cmyk", pixels, 1), ("pages", pixels, 0),
-                                      ("planes", pixels, 0), ("white_is_0", grey, 0), ("alpha", pixels, 0)):
+    for name, expected, tolerance in (("lzw", pixels, 0), ("zstd", pixels, 0), ("lzw_turned", pixels, 0),
+                                      ("lzw_float", grey, 0), ("palette", pixels, 24), ("cmyk", pixels, 1),
+                                      ("pages", pixels, 0), ("planes", pixels, 0), ("white_is_0", grey, 0),
+                                      ("alpha", pixels, 0)):
         seen = np.asarray(read_image(tmp_path / f"{name}.tif")).astype(int)
         assert seen.shape == expected.shape and np.abs(seen - expected).max() <= tolerance, name
         assert read_header(tmp_path / f"{name}.tif")[:2] == (HEIGHT, WIDTH), name

@@ -1,4 +1,5 @@
 """`python -m datasets.labels`: what it finds in published and in made label files, and what it fixes."""
+import json
 import os
 import re
 
@@ -96,8 +97,10 @@ def test_every_kind_of_flaw_is_found_in_its_row(flawed):
 
 
 def test_fix_says_what_it_did(flawed, tmp_path):
-    fixed = tmp_path / "fixed.csv"
+    fixed, description = tmp_path / "fixed.csv", {"unit": "model units", "convention": "colmap"}
+    flawed.with_suffix(".json").write_text(json.dumps(description))
     status, output, _ = run_module_here(labels, "fix", flawed, fixed)
+    assert labels.describe(fixed) == description
     rows = [int(line.split(":")[0].removeprefix("row ")) for line in output.splitlines()[:-1]]
     assert status == 0 and rows == [11, 11, 13, 14, 15, 18]
     table = pd.read_csv(fixed)

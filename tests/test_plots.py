@@ -11,6 +11,7 @@ from datasets.labels import poses_of, read_labels
 from datasets.official import convention_of_scenes
 from engine import plots
 from engine.prediction_plot import predicted
+from engine.report import convention_of
 from util.metrics import pose_err
 
 PUBLISHED_LABELS = SHARED / "data" / "labels"
@@ -99,6 +100,14 @@ def test_the_vertical_axis_of_the_datasets_is_found(name, vertical):
     for scene, rows in table.groupby("scene"):
         for convention in (None, convention_of_scenes([scene])):
             assert plots.vertical(np.array(poses_of(rows)), convention) == vertical, scene
+
+
+@pytest.mark.parametrize("about, names, known", [
+    ({"convention": "colmap"}, None, "colmap"), ({"convention": ["colmap"]}, ["chess", "fire"], "7Scenes"),
+    ({"scene_names": ["OldHospital"]}, None, "CambridgeLandmarks"), ({"convention": {}}, None, None),
+    ({"convention": "opencv", "scene_names": 5}, None, None), ({}, ["chess", "KingsCollege"], None)])
+def test_weights_tell_the_convention(about, names, known):
+    assert convention_of(about, names) == known
 
 
 @pytest.mark.parametrize("convention, ahead", [("7Scenes", [[1, 0]]), ("colmap", [[1, 0]]),

@@ -164,7 +164,8 @@ def test_what_cannot_be_converted_is_named(files):
     predictions = (files / "predictions.csv").read_text()
     (files / "others.csv").write_text(predictions.replace("frame-000003", "frame-000009"))
     assert ("others.csv: row 5: img_path 'attic/seq-01/frame-000009.color.png' is not in the file of --frames, which "
-            "begins with 'attic/seq-01/frame-000000.color.png': these are poses of other frames (1 of 7)"
+            "begins with 'attic/seq-01/frame-000000.color.png': these are poses of other frames, or"
+            " their paths begin in another folder (1 of 7)"
             ) in refused("others", "tum", *counted)
     (files / "twice.csv").write_text(predictions.replace("frame-000003", "frame-000002"))
     assert ("twice.csv: row 5: img_path 'attic/seq-01/frame-000002.color.png' appears twice"

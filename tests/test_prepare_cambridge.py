@@ -13,12 +13,23 @@ from prepare_layouts import (
 )
 
 from datasets import prepare_cambridge
-from datasets.labels import read_labels
+from datasets.labels import describe, read_convention, read_labels
 
 
 def test_cambridge_has_no_poses_to_skip(tmp_path):
     status, _, errors = run_module_here(prepare_cambridge, tmp_path, "--skip_bad_poses")
     assert status == 2 and "unrecognized arguments: --skip_bad_poses" in errors
+
+
+def test_a_scene_of_ones_own_under_a_name_of_the_other_dataset_keeps_the_layouts_convention(tmp_path):
+    write_cambridge(tmp_path, "office")
+    call_well(prepare_cambridge, tmp_path, "--labels_path", tmp_path, "--scenes", "office")
+    for split in ("train", "test"):
+        path = tmp_path / f"abs_cambridge_pose_sorted.csv_office_{split}.csv"
+        assert read_convention(path, ["office"]) == "CambridgeLandmarks"
+        path.with_suffix(".json").write_text('{"unit": "model units", "convention": "colmap"}')  # of an earlier file
+    call_well(prepare_cambridge, tmp_path, "--labels_path", tmp_path, "--scenes", "office")
+    assert describe(path) == {"unit": "m", "convention": "CambridgeLandmarks"}
 
 
 def test_cambridge_label_files_copy_the_numbers_in_the_frames_order(tmp_path):

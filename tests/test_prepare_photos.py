@@ -276,8 +276,12 @@ def test_the_unit_of_a_label_file(tmp_path):
     for unit in ("m", "model units"):
         path.with_suffix(".json").write_text(json.dumps({"unit": unit}))
         assert read_unit(path) == unit
+    for text, meant in (("{}", {}), ('\ufeff{"unit": null, "convention": null, "other": 1}', {}),
+                        ('{"convention": "colmap"}', {"convention": "colmap"})):
+        path.with_suffix(".json").write_text(text, encoding="utf-8")
+        assert describe(path) == {"unit": "m", **meant}
     for text, words in (('{"unit": "feet"}', 'unit "feet" is unknown; it must be "m" or "model units"'),
-                        ("{}", "unit null is unknown"), ("[1]", "unit null is unknown"),
+                        ("[1]", "attic.json: not a JSON object"), ("[" * 100000, "not readable as JSON"),
                         ('{"unit": "m", "convention": "visloc"}', 'convention "visloc" is unknown; it must be "7Sc'),
                         ("{unit", "attic.json: not readable as JSON")):
         path.with_suffix(".json").write_text(text)
@@ -303,6 +307,9 @@ def test_label_files_are_merged(tmp_path):
     paths[1].with_suffix(".json").write_text('{"unit": "model units"}')
     call_well(merge_labels, *paths, tmp_path / "all.csv")
     assert describe(tmp_path / "all.csv") == {"unit": "model units"}  # of one scene it is unknown
+    paths[1].with_suffix(".json").write_text('{"unit": "model units", "convention": "7Scenes"}')
+    call_well(merge_labels, *paths, tmp_path / "all.csv")
+    assert describe(tmp_path / "all.csv")["convention"] == "colmap"  # which means the same
 
 
 def test_a_mistake_with_files_to_merge_ends_in_one_clear_line(tmp_path):

@@ -113,3 +113,21 @@ def test_mistakes_in_short_end_in_one_line(photos, attic, tmp_path):
         assert status == 2 and words in line
     with pytest.raises(UserError, match="an APR's is needed"):
         load_localizer(tmp_path / "pae.pth")
+
+
+def test_the_localizer_takes_a_list_of_images_and_says_so(photos, attic, caplog):
+    torch.save(PoseEncoder(16).state_dict(), photos.parent / "published.pth")
+    localizer = load_localizer(attic / "apr.pth", encoder=photos.parent / "published.pth")
+    assert "poses are not corrected: " in caplog.text and "published.pth remembers no training frames" in caplog.text
+    path = photos / "0.png"
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    for single in (path, str(path), Image.open(path), pixels, []):
+        with pytest.raises(UserError, match="takes a list of images"):
+            localizer(single)
+    with pytest.raises(UserError, match="apr.onnx: an ONNX file; the weights"):
+        load_localizer(photos.parent / "apr.onnx")
+    for wrong in (pixels / 255, pixels[..., 0], pixels[..., :2]):
+        with pytest.raises(UserError, match="an array must be uint8, height x width x 3"):
+            localizer([wrong])
+    listed, batch = localizer([path]), localizer(pixels[None])
+    assert np.allclose(batch["position"], listed["position"], atol=1e-6) and "novelty" not in listed

@@ -205,9 +205,31 @@ def test_the_convention_is_asked_for_where_nothing_says_it(tmp_path):
     known = data_of(tmp_path / "pred.html")["estimate"]
     assert known == view(tmp_path, convention="CambridgeLandmarks")[1]["estimate"]
     assert known != view(tmp_path, convention="7Scenes")[1]["estimate"]
+    write_labels(tmp_path / "train.csv", turned)
+    (tmp_path / "train.json").write_text('{"unit": "m", "convention": "colmap"}')
+    assert "train.csv: quaternions as in colmap, but as in CambridgeLandmarks in" in error_of(
+        *viewed, "--labels_file", tmp_path / "true.csv", "--training_labels", tmp_path / "train.csv")
+    call_well(*viewed, "--convention", "colmap", "--labels_file", tmp_path / "true.csv", "--training_labels",
+              tmp_path / "train.csv")
+    (tmp_path / "true.json").unlink()
+    write_labels(tmp_path / "true.csv", [line.replace("attic", "GreatCourt") for line in turned])
+    lines = (tmp_path / "pred.csv").read_text().splitlines()
+    (tmp_path / "pred.csv").write_text("\n".join(line.split(",", 3)[3] for line in lines) + "\n")  # as of PoseNet
+    call_well(*viewed, "--labels_file", tmp_path / "true.csv")
+    assert data_of(tmp_path / "pred.html")["estimate"] == known
     write_labels(tmp_path / "pred.csv", [line.replace("attic", "GreatCourt") for line in turned])
     call_well(*viewed)
     assert data_of(tmp_path / "pred.html")["estimate"] == known
+
+
+def test_frames_of_a_video_are_shown_without_a_picture_and_axes_as_they_are(tmp_path):
+    write_labels(tmp_path / "pred.csv", [row(f"walk.mp4#{i:06d}", (7.3, 0.01 * i, 8)) for i in range(3)])
+    refused = error_of(viewer, tmp_path / "pred.csv", "--dataset_path", tmp_path, "--convention", "7Scenes")
+    assert "has none of the 3 images" in refused
+    (tmp_path / "walk.mp4").touch()
+    output, data = view(tmp_path)
+    assert "frames of a video are shown without a picture" in output and data["images"] == [None] * 3
+    assert data["axes"] == ["x [m]", "y [m]", "z [m]"]
 
 
 def test_positions_far_from_the_origin_are_drawn_near_it(tmp_path):
