@@ -92,7 +92,7 @@ def test_two_trainings_at_once_do_not_mix_their_files(layout, trainings):
 def test_a_training_imports_nothing_slow_that_it_does_not_need(layout, trainings):
     imported = {line.split("|")[-1].strip() for line in (layout / "imports.txt").read_text().splitlines()}
     assert {"torch.optim.adam", "torchvision.models", "matplotlib.figure"} <= imported
-    assert not imported & {"torch._dynamo", "torch._inductor", "scipy.stats", "scipy.optimize", "skimage.io", "av"}
+    assert not imported & {"torch._dynamo", "torch._inductor", "scipy.stats", "scipy.optimize", "skimage.io"}
 
 
 def test_training_writes_what_the_published_code_writes(layout, trainings):
