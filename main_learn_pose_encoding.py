@@ -34,7 +34,7 @@ def train(run, args, apr, encoder, scene_names):
     from datasets.camera_poses import CameraPoseDataset
     from datasets.labels import log_summary
     from engine import training
-    from engine.evaluation import compute_latents, frames_of, latent_batches, one_thread
+    from engine.evaluation import compute_latents, frames_of, latent_batches, threads
     from engine.novelty import warn_of_few_frames
     from models.checkpoints import fingerprint
     from util.losses import CameraPoseLoss
@@ -78,7 +78,7 @@ def train(run, args, apr, encoder, scene_names):
         if validation is not None:
             encoder.memory.calibrate(encoder, frames_of(validation))
 
-    with one_thread():
+    with threads(1):
         training.train(run, encoder, pose_loss, latent_batches(latents, run.config["batch_size"], run.seed), step,
                        about(run, "pose encoder of " + args.model_name, scene_names), fit_latents, validate)
 

@@ -61,7 +61,7 @@ def train(run, args, apr, scene_names):
     """Train the learned refiner on the latents of the frozen APR, which runs over the frames once."""
     from datasets.labels import log_summary
     from engine import training
-    from engine.evaluation import compute_latents, latent_batches, one_thread
+    from engine.evaluation import compute_latents, latent_batches, threads
     from models.checkpoints import fingerprint
     from models.refinement import queries_of
     from util.losses import CameraPoseLoss
@@ -91,7 +91,7 @@ def train(run, args, apr, scene_names):
         def validate():
             return refiner(validation["latents"], validation["estimate"]), validation["pose"]
 
-    with one_thread():
+    with threads(1):
         training.train(run, refiner, pose_loss, latent_batches(latents, run.config["batch_size"], run.seed), step,
                        about(run, "refiner of " + args.model_name, scene_names), validate=validate)
 
@@ -290,7 +290,7 @@ def test_refinement(run, args, apr, dataset, scene_names, tested, refine, encode
     """
     import torch
 
-    from engine.evaluation import evaluate, milliseconds, one_thread
+    from engine.evaluation import evaluate, milliseconds, threads
     from engine.novelty import check_max_novelty, novelty_of
     from engine.report import report
     from models import folded, infer
@@ -301,7 +301,7 @@ def test_refinement(run, args, apr, dataset, scene_names, tested, refine, encode
     network = folded(apr)
     results = evaluate(run, lambda batch: infer(network, batch["img"]), dataset)
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
-    with torch.no_grad(), one_thread():
+    with torch.no_grad(), threads(1):
         refine({key: value[:1] for key, value in queries.items()})  # warm up
         elapsed_ms, (poses, refined) = milliseconds(lambda: refine(queries), run.device)
     ms_per_query = elapsed_ms / len(poses)

@@ -13,6 +13,7 @@ from bench import common
 from bench.variants import CONFIG, MODELS
 from datasets.camera_poses import CameraPoseDataset
 from datasets.transforms import SIZE, to_input
+from engine import evaluation
 from engine.onnx_export import Estimator, export_network
 from engine.onnx_file import estimate, session_of
 from engine.onnx_quantize import quantise
@@ -39,12 +40,8 @@ class Eager:
         """Poses of N images."""
         self.apr.precision = self.precision
         images = torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with evaluation.threads(threads):
             return infer(self.apr, images)["pose"].numpy()
-        finally:
-            torch.set_num_threads(before)
 
 
 class Exported:

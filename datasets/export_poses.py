@@ -24,7 +24,7 @@ import pandas as pd
 from scipy.spatial.transform import Rotation
 
 from datasets.labels import POSE_COLUMNS, poses_of, read_convention, read_labels, write_labels
-from datasets.official import CONVENTIONS
+from datasets.official import CONVENTIONS, agreed_convention
 from datasets.prepare_colmap import find_model, read_model
 from datasets.text_files import read_lines
 from util import cli
@@ -41,15 +41,11 @@ COLMAP_FILES = {  # {file of a COLMAP text model: what its lines are}
 
 def known_convention(paths, scenes):
     """The convention that files, or their scenes' names, tell. Raises UserError where nothing, or not one, is told."""
-    known = {path: found for path in paths if (found := read_convention(path, scenes))}
-    first = next(iter(known), None)
-    other = next((path for path in known if CONVENTIONS[known[path]] != CONVENTIONS[known[first]]), None)
-    if other is not None:
-        raise UserError(f"{other}: quaternions as in {known[other]}, but as in {known[first]} in {first}")
-    if first is None:
+    known = agreed_convention({path: found for path in paths if (found := read_convention(path, scenes))})
+    if known is None:
         raise UserError(f"{paths[0]}: nothing says whose convention its quaternions have; give --convention, which "
                         f"is {' or '.join(CONVENTIONS)}")
-    return known[first]
+    return known
 
 
 def camera_to_world(poses, convention):

@@ -10,7 +10,7 @@ import os
 import pandas as pd
 
 from datasets.labels import read_convention, read_labels, read_unit, write_description, write_labels
-from datasets.official import CONVENTIONS
+from datasets.official import agreed_convention
 from util import cli
 from util.errors import UserError, first_five
 from util.files import same_file
@@ -27,13 +27,8 @@ def merge(paths):
     if other is not None:
         raise UserError(f"{other}: positions in {units[other]}, but in {units[paths[0]]} in {paths[0]}; scale all "
                         f"scenes to metres")
-    conventions = {path: read_convention(path, table["scene"]) for path, table in tables.items()}
-    known = [path for path in paths if conventions[path]]
-    meanings = {path: CONVENTIONS[conventions[path]] for path in known}
-    other = next((path for path in known if meanings[path] != meanings[known[0]]), None)
-    if other is not None:
-        raise UserError(f"{other}: quaternions as in {conventions[other]}, but as in {conventions[known[0]]} in "
-                        f"{known[0]}; train on each alone")
+    conventions = {path: found for path, table in tables.items() if (found := read_convention(path, table["scene"]))}
+    convention = agreed_convention(conventions)
     for column, problem, advice in (("scene", "scene", "give each scene one file"),
                                     ("img_path", "image", "image paths must be relative to one folder of all scenes")):
         listed, twice = {}, []
@@ -44,8 +39,8 @@ def merge(paths):
                     twice.append(f"{path}: {problem} {name} is in {first} already; {advice}")
         if twice:
             raise UserError(first_five(twice))
-    convention = {"convention": conventions[paths[0]]} if known == paths else {}
-    return pd.concat(tables.values(), ignore_index=True), {"unit": units[paths[0]], **convention}
+    known = {"convention": convention} if len(conventions) == len(paths) else {}
+    return pd.concat(tables.values(), ignore_index=True), {"unit": units[paths[0]], **known}
 
 
 def main():

@@ -1,6 +1,8 @@
 """The papers' two datasets: scenes, downloads, names of label files, and published medians."""
 from dataclasses import dataclass
 
+from util.errors import UserError
+
 
 @dataclass(frozen=True)
 class OfficialDataset:
@@ -74,3 +76,13 @@ def convention_of_scenes(scenes):
     """The convention of labels of the papers' scenes: its name in CONVENTIONS. None for other scenes, or for none."""
     scenes = set(map(str, scenes))
     return next((name for name, dataset in DATASETS.items() if scenes and scenes <= set(dataset.archives)), None)
+
+
+def agreed_convention(conventions):
+    """The convention of several files, {path: its name}; None for no file. Raises UserError for different meanings."""
+    first = next(iter(conventions), None)
+    for path, convention in conventions.items():
+        if CONVENTIONS[convention] != CONVENTIONS[conventions[first]]:
+            raise UserError(f"{path}: quaternions as in {convention}, but as in {conventions[first]} in {first}; "
+                            "take files of one meaning")
+    return conventions.get(first)

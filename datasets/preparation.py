@@ -111,12 +111,12 @@ def write_label_files(args, dataset, tables):
     if not args.scenes:
         files[dataset.all_scenes_file] = pd.concat([tables[scene]["train"] for scene in together])
     for name, table in files.items():
-        write_labels(Path(args.labels_path) / name, table)
         path = Path(args.labels_path) / name
+        write_labels(path, table)
         # Scenes of one's own, in the dataset's layout. An earlier description may be another's.
         if convention_of_scenes(table["scene"]) != dataset.name or path.with_suffix(".json").exists():
             write_description(path, {"unit": "m", "convention": dataset.name})
-        print(f"{Path(args.labels_path) / name}: {len(table)} frames")
+        print(f"{path}: {len(table)} frames")
     if args.scenes:
         print(f"{dataset.all_scenes_file} is written when all scenes are prepared, without --scenes")
     elif set(together) != set(dataset.scenes):

@@ -166,14 +166,14 @@ def synchronize(device):
 
 
 @contextlib.contextmanager
-def one_thread():
-    """Within the block, compute on one CPU thread.
+def threads(n):
+    """Within the block, compute on n CPU threads.
 
-    Networks as small as a PAE gain nothing from more, and lose much where the cores have other work.
+    Networks as small as a PAE gain nothing from more than one, and lose much where the cores have other work.
     """
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
     try:
         yield
     finally:
-        torch.set_num_threads(n_threads)
+        torch.set_num_threads(before)

@@ -4,7 +4,7 @@ import logging
 import numpy as np
 import torch
 
-from engine.evaluation import milliseconds, one_thread
+from engine.evaluation import milliseconds, threads
 from models.latent_memory import MIN_FRAMES
 from models.refinement import queries_of
 from util.errors import UserError
@@ -30,7 +30,7 @@ def novelty_of(run, encoder, encoder_path, results, corrected=False):
         logging.info("No novelty: %s", forgotten(encoder_path))
         return {}
     queries = {key: value.to(run.device) for key, value in queries_of(results).items()}
-    with one_thread():
+    with threads(1):
         memory.novelty(encoder, {key: value[:1] for key, value in queries.items()})  # warm up
         elapsed_ms, novelty = milliseconds(lambda: memory.novelty(encoder, queries), run.device)
     logging.info("Novelty: {:.3f} ms a frame, {:.1f}% of the APR's time".format(

@@ -317,8 +317,9 @@ def main():
     poses, unit, convention = poses_of(table), _unit_of(args), args.convention
     if convention is None:
         paths = [path for path in (args.labels_file, args.training_labels, args.predictions) if path]
-        of_first = read_labels(paths[0], ["img_path", *POSE_COLUMNS], optional=("scene",))
-        convention = known_convention(paths, [scene] if scene else of_first.get("scene", ()))
+        scenes = [scene] if scene else read_labels(
+            paths[0], ["img_path", *POSE_COLUMNS], optional=("scene",)).get("scene", ())
+        convention = known_convention(paths, scenes)
     truth = read_truth(args.labels_file, table["img_path"].to_numpy()) if args.labels_file else None
     training = read_training(args.training_labels, scene) if args.training_labels else None
     if truth is not None:
