@@ -32,7 +32,8 @@ def main():
                          help="in export: quantise the network, calibrated on frames of LABELS (default: fp32)")
     args = options.parse_args()
     check(args)
-    run = start(args, sections=("pose_encoder",) if args.encoder_checkpoint_path else ())
+    run = start(args, sections=("pose_encoder",) if args.encoder_checkpoint_path else (),
+                ahead=args.mode == "test")
     if run.config["freeze"] and args.model_name in SINGLE_SCENE_APRS:
         raise UserError(f"freeze is for multi-scene models, not for {args.model_name}; leave it out or set it to false")
 

@@ -14,7 +14,7 @@ def main(description=__doc__, models=SINGLE_SCENE_APRS):
     args = options.parse_args()
     if args.mode == "test" and args.encoder_checkpoint_path is None:
         raise UserError("a test needs --encoder_checkpoint_path, the weights to test")
-    run = start(args, "_pose_encoder", ("pose_encoder",))
+    run = start(args, "_pose_encoder", ("pose_encoder",), ahead=True)
 
     from engine.report import scene_names_of
     from models import build_pose_encoder, freeze, load_apr

@@ -45,7 +45,8 @@ def main():
         raise UserError("--method is for train; a test knows iAPR by its weights, and optimize has --solver")
     if args.method == "iapr" and args.model_name not in MULTI_SCENE_APRS:
         raise UserError(f"iAPR refines poses of {' or '.join(MULTI_SCENE_APRS)}, not of {args.model_name}")
-    run = start(args, "_rpr", () if args.method == "iapr" else ("pose_encoder", "refiner"))
+    run = start(args, "_rpr", () if args.method == "iapr" else ("pose_encoder", "refiner"),
+                ahead=args.method != "iapr")
 
     from engine.report import scene_names_of
     from models import freeze, load_apr

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import torch
 
-from datasets.frames import Frames
+from datasets.frames import Frames, image_paths
 from datasets.images import UnreadableImage
 from datasets.labels import far_origin, poses_of, read_labels, scene_indices
 from datasets.transforms import test_transform
@@ -39,7 +39,7 @@ class CameraPoseDataset(Frames):
         """
         self.labels_file = labels_file
         self.labels = read_labels(labels_file)
-        super().__init__([os.path.join(dataset_path, path) for path in self.labels["img_path"]])
+        super().__init__(image_paths(dataset_path, self.labels))
         missing = [f"row {row}: image {path} does not exist"
                    for row, path in zip(self.labels["row"], self.paths, strict=True) if not os.path.isfile(path)]
         if missing:

@@ -1,5 +1,6 @@
 """Image files as a dataset's frames, decoded once where they are cached."""
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -78,3 +79,8 @@ class Frames:
         """Frame i, cached or decoded now: a PIL image with a shorter side of 256. Raises UnreadableImage."""
         pixels = None if self.cache is None else self.cache[i]
         return self.read(i) if pixels is None else Image.fromarray(pixels)
+
+
+def image_paths(dataset_path, labels):
+    """The image files of the rows of `read_labels`: a list."""
+    return [os.path.join(dataset_path, path) for path in labels["img_path"]]

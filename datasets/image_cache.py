@@ -20,7 +20,7 @@ from util.progress import progress
 
 SHORTER_SIDE = 256
 # A file of frames has the pixels of all frames, one such row per frame, the rows' CRC-32 and the mark.
-_ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
+ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _MARK = b"frames 2"
 _CHUNK = 64  # frames decoded before they are written, so that memory stays small
 
@@ -28,14 +28,16 @@ _CHUNK = 64  # frames decoded before they are written, so that memory stays smal
 class ImageCache:
     """Decoded frames: cache[i] is frame i."""
 
-    def __init__(self, paths, signatures, shapes, pixels):
-        """paths: the image files. signatures, shapes: of the cached frames, the first ones. pixels: theirs, flat."""
-        self.paths, self.signatures, self.shapes, self.pixels = paths, signatures, shapes, pixels
-        self.ends = np.cumsum([height * width * 3 for height, width in shapes]).tolist()
+    def __init__(self, paths, rows, pixels):
+        """paths: the image files. rows: of the cached frames, the first ones, as ROWS. pixels: theirs, flat."""
+        self.paths, self.pixels = paths, pixels
+        self.signatures = list(zip(rows["modified_ns"].tolist(), rows["n_bytes"].tolist(), strict=True))
+        self.shapes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
+        self.ends = np.cumsum([height * width * 3 for height, width in self.shapes]).tolist()
 
     def __getitem__(self, i):
         """Frame i resized, h x w x 3 uint8, or None where it is not cached or its file has changed since."""
-        if i >= len(self.shapes) or _signature(self.paths[i]) != self.signatures[i]:
+        if i >= len(self.shapes) or signature_of(self.paths[i]) != self.signatures[i]:
             return None
         height, width = self.shapes[i]
         return self.pixels[self.ends[i] - height * width * 3:self.ends[i]].reshape(height, width, 3)
@@ -62,13 +64,13 @@ def cache_in_memory(paths, read, n_threads, budget):
     except OSError as error:
         raise UserError(f"{ends[n_kept - 1] / 1e9:.2f} GB of memory for decoded frames are not available "
                         f"({error.strerror}); set cache_memory_gb to less, or give --cache_dir") from error
-    signatures = []
+    rows = np.zeros(n_kept, ROWS)
     for i, (signature, pixels) in enumerate(_decode(paths[:n_kept], read, n_threads)):
         if pixels.shape[:2] != shapes[i]:
             raise UserError(f"image {paths[i]} changed while it was read; run again")
         buffer.write(pixels)
-        signatures.append(signature)
-    return ImageCache(paths, signatures, shapes[:n_kept], np.frombuffer(buffer, np.uint8))
+        rows[i] = (*signature, *shapes[i])
+    return ImageCache(paths, rows, np.frombuffer(buffer, np.uint8))
 
 
 def cache_in_file(cache_dir, paths, read, n_threads, kind):
@@ -84,7 +86,7 @@ def cache_in_file(cache_dir, paths, read, n_threads, kind):
     n_stale = len(paths) if cache is None else sum(cache[i] is None for i in range(len(paths)))
     if n_stale:
         logging.info("Decoding %d of %d frames into %s", n_stale, len(paths), path)
-        rows = np.zeros(len(paths), _ROWS)
+        rows = np.zeros(len(paths), ROWS)
 
         def read_or_keep(i):
             kept = None if cache is None else cache[i]
@@ -123,7 +125,7 @@ def resized_shape(height, width):
 def _decode(paths, read, n_threads):
     """The signature and the pixels of each frame in order, decoded by threads (the decoders release Python's lock)."""
     def decode(i):
-        signature = _signature(paths[i])  # before the pixels, so that a change in between shows
+        signature = signature_of(paths[i])  # before the pixels, so that a change in between shows
         return signature, np.asarray(read(i))
 
     with ThreadPoolExecutor(n_threads) as pool, progress(total=len(paths), desc="decoding", unit="frame") as bar:
@@ -140,16 +142,13 @@ def _open(path, paths):
     try:
         data = np.memmap(path, np.uint8, mode="r")
         end = len(data) - len(_MARK) - 4
-        rows_begin = end - len(paths) * _ROWS.itemsize
+        rows_begin = end - len(paths) * ROWS.itemsize
         if rows_begin < 0 or data[end + 4:].tobytes() != _MARK:
             raise ValueError
         packed = data[rows_begin:end].tobytes()
         if zlib.crc32(packed).to_bytes(4, "little") != data[end:end + 4].tobytes():
             raise ValueError
-        rows = np.frombuffer(packed, _ROWS)
-        signatures = list(zip(rows["modified_ns"].tolist(), rows["n_bytes"].tolist(), strict=True))
-        shapes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
-        cache = ImageCache(paths, signatures, shapes, data)
+        cache = ImageCache(paths, np.frombuffer(packed, ROWS), data)
         if cache.ends[-1] != rows_begin:
             raise ValueError
         return cache
@@ -158,7 +157,7 @@ def _open(path, paths):
         return None
 
 
-def _signature(path):
+def signature_of(path):
     """(modification time in ns, size in bytes) of a file, which change when the file does; None without a file."""
     try:
         status = os.stat(path)

@@ -28,8 +28,7 @@ def evaluate(run, estimate, dataset):
     and 'milliseconds_alone', M: the time of each of the first M frames by itself. Both exclude decoding. Several
     processes shard the frames; rank 0 returns, the others exit.
     """
-    if run.cache_dir:
-        dataset.cache_frames(run.cache_dir)
+    _take_decoded(run, dataset)
     results, singles, errors = [], [], []
     n_frames = len(processes.shard(range(len(dataset))))
     with dataset.report_all_unreadable(), progress(total=n_frames, unit="frame") as bar:
@@ -77,9 +76,7 @@ def compute_latents(run, apr, dataset):
     APR's raw pose), 'pose' (the true one), 'row' (of the label file) and, for multi-scene models, 'scene' (the APR's).
     Several processes shard the frames; rank 0 returns, the others exit.
     """
-    if run.cache_dir:
-        dataset.cache_frames(run.cache_dir)
-
+    _take_decoded(run, dataset)
     network = folded(apr)
 
     def outputs(batch):
@@ -96,6 +93,14 @@ def compute_latents(run, apr, dataset):
     seconds, n = time.perf_counter() - begin, len(latents["pose"])
     logging.info("Latents: %d in %.1f s (%.1f frames/s)", n, seconds, n / seconds)
     return latents
+
+
+def _take_decoded(run, dataset):
+    """Let a dataset's frames come from the file of --cache_dir, or those that are decoded already from memory."""
+    if run.cache_dir:
+        dataset.cache_frames(run.cache_dir)
+    elif run.decoded_ahead is not None:
+        dataset.cache = run.decoded_ahead(dataset.paths)
 
 
 def frames_of(latents):

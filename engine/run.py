@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine import resume
@@ -32,6 +33,7 @@ class Run:
     cache_dir, predictions_path, max_novelty: of the options of these names, or None.
     settings: of a training, what a resumed one must repeat (resume.settings_of).
     resumed: the state to resume a training from, or None.
+    decoded_ahead: paths -> the frames of these images that are decoded already, an ImageCache or None; or None.
     """
     config: Config
     device: object
@@ -44,6 +46,7 @@ class Run:
     tensorboard: bool = False
     settings: str | None = None
     resumed: dict | None = None
+    decoded_ahead: Callable | None = None
 
 
 def run_main(script):
@@ -53,11 +56,12 @@ def run_main(script):
     cli.run(script, lambda: resume.advice(_training) if _training else "")
 
 
-def start(args, suffix="", sections=()):
+def start(args, suffix="", sections=(), ahead=False):
     """Begin a run, or resume one: its log, configuration, seed, device and processes. Returns a `Run`.
 
     args: of `parser`. suffix: behind the run's stamp in the names of weights, such as '_pose_encoder'.
     sections: the config sections that this script reads besides the model's.
+    ahead: whether to decode the first frames of the label file while PyTorch is loaded.
     """
     global _training
     for option in ("resume", "val_labels_file", "tensorboard"):
@@ -80,12 +84,17 @@ def start(args, suffix="", sections=()):
     config = load_config(args.config_file, args.model_name, sections, args.preset, args.set)
     logging.info("Running with configuration:\n%s", "\n".join(f"\t{key}: {value}" for key, value in config.items()))
 
+    decoded_ahead = None
+    if ahead and not args.cache_dir:
+        from datasets.ahead import decode_ahead
+
+        decoded_ahead = decode_ahead(args.dataset_path, args.labels_file)
     device = device_of(args.device, config["device_id"])
     _start_torch(args.seed, device)
     _warn_of_another_unit(args, unit)
     run = Run(config, device, seed=args.seed, prefix=processes.broadcast(prefix) + suffix, labels_file=args.labels_file,
               cache_dir=args.cache_dir, predictions_path=args.predictions_path, max_novelty=args.max_novelty,
-              tensorboard=args.tensorboard)
+              tensorboard=args.tensorboard, decoded_ahead=decoded_ahead)
     if args.mode == "train":
         files = {name: path for name in ("labels_file", "val_labels_file", "checkpoint_path", "apr_checkpoint_path")
                  if (path := getattr(args, name, None)) is not None}
