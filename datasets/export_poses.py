@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
 
-from datasets.labels import POSE_COLUMNS, poses_of, read_convention, read_labels, write_labels
+from datasets.labels import POSE_COLUMNS, describe, poses_of, read_convention, read_labels, write_labels
 from datasets.official import CONVENTIONS, agreed_convention
 from datasets.prepare_colmap import find_model, read_model
 from datasets.text_files import read_lines
@@ -288,7 +288,8 @@ def main():
     if args.format == "colmap":
         _write_colmap(args.output, files)
     elif args.format == "labels":
-        write_labels(args.output, table)
+        convention = {"convention": args.convention} if args.convention else {}
+        write_labels(args.output, table, {**describe(args.predictions), **convention})
     else:
         with whole_file(args.output) as file:
             file.write("\n".join(lines) + "\n")

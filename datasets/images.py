@@ -27,7 +27,7 @@ HEIF_ADVICE = "" if HAS_HEIF else " (pip install pillow-heif reads them)"
 # A folder is searched for images with these extensions, which can be read here.
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp",
                     *((".avif",) if features.check("avif") else ()), *(HEIF_EXTENSIONS if HAS_HEIF else ()))
-VIDEO_EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv")
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 # Pillow's modes of images that are read unchanged.
 _STORED = ("1", "L", "LA", "RGB", "RGBA", "I;16", "I;16L", "I;16B", "I", "F")
 # What turns an image upright, by the value of the tag.

@@ -1,7 +1,6 @@
 """Label files: `scene,split,seq,img_path,t1,t2,t3,q1,q2,q3,q4`, one row per frame.
 
-The position is in metres. The quaternion is scalar first. Rows have the numbers that an editor or a spreadsheet
-shows: the header is row 1. Two commands check a file and fix it:
+The position is in metres, the quaternion scalar first. Rows are numbered as in an editor: the header is row 1.
 
     python -m datasets.labels check FILE.csv [--dataset_path DIR]
     python -m datasets.labels fix FILE.csv OUT.csv
@@ -50,10 +49,21 @@ def read_labels(path, columns=COLUMNS, optional=()):
     return table
 
 
-def write_labels(path, table):
-    """Write a DataFrame as a label file, completely or not at all. It has the DataFrame's columns without `row`."""
+def write_labels(path, table, description=None):
+    """Write a DataFrame as a label file, completely or not at all. It has the DataFrame's columns without `row`.
+
+    description: what `describe` reads beside it, written where the scenes alone do not say it, or over an earlier one.
+    Raises UserError where its path is the label file's.
+    """
+    if description is not None and (beside := Path(path).with_suffix(".json")) == Path(path):
+        raise UserError(f"{path}: a label file is a .csv file; its description goes to the .json file beside it")
     with whole_file(path) as file:
         table.drop(columns="row", errors="ignore").to_csv(file, index=False, lineterminator="\n")
+    if description is not None:
+        implied = {"unit": "m", "convention": convention_of_scenes(table["scene"])}
+        if {**implied, **description} != implied or beside.exists():
+            with whole_file(beside) as file:
+                file.write(json.dumps(description) + "\n")
 
 
 def describe(path):
@@ -88,12 +98,6 @@ def read_unit(path):
 def read_convention(path, scenes):
     """The convention of a label file's quaternions, or None where it is unknown: of `describe`, or by its scenes."""
     return describe(path).get("convention") or convention_of_scenes(scenes)
-
-
-def write_description(path, description):
-    """Write what `describe` reads beside a label file."""
-    with whole_file(Path(path).with_suffix(".json")) as file:
-        file.write(json.dumps(description) + "\n")
 
 
 def poses_of(table):
@@ -319,9 +323,7 @@ def _fix(args):
     fixed, changes = fix_labels(table)
     if fixed.empty:
         raise UserError(f"{args.labels_file}: no readable row; nothing to write")
-    write_labels(args.output, fixed)
-    if (description := describe(args.labels_file)) != {"unit": "m"}:
-        write_description(args.output, description)
+    write_labels(args.output, fixed, describe(args.labels_file))
     for row, text in sorted(changes + [(row, f"dropped: {problem}") for row, problem in unreadable]):
         print(f"row {row}: {text}")
     print(f"{args.output}: {summarize(fixed, find_problems(fixed))}")
@@ -331,14 +333,12 @@ def main():
     """Check or fix a label file."""
     parser = argparse.ArgumentParser(prog="python -m datasets.labels", description="Check or fix a label file.")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("check", help="list the problems of a label file, row by row; exit status 1 if "
-                                                "it has any")
+    command = commands.add_parser("check", help="list a file's problems, row by row; exit status 1 if it has any")
     command.add_argument("labels_file", metavar="FILE.csv")
     command.add_argument("--dataset_path", metavar="DIR",
                          help="the folder of the images, to find missing ones (default: do not look for images)")
     command.set_defaults(function=_check)
-    command = commands.add_parser("fix", help="write a label file without the problems that can be fixed, and "
-                                              "list the changes")
+    command = commands.add_parser("fix", help="write a file without the problems that can be fixed; list the changes")
     command.add_argument("labels_file", metavar="FILE.csv")
     command.add_argument("output", metavar="OUT.csv", help="has the columns of a label file, and no others")
     command.set_defaults(function=_fix)

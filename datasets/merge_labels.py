@@ -2,14 +2,15 @@
 
     python -m datasets.merge_labels A.csv B.csv ... OUT.csv
 
-Image paths stay as they are: all must be relative to one folder. OUT.json gets the unit of the files.
+Image paths stay as they are: all must be relative to one folder. What the JSON files
+beside them say goes to OUT.json.
 """
 import argparse
 import os
 
 import pandas as pd
 
-from datasets.labels import read_convention, read_labels, read_unit, write_description, write_labels
+from datasets.labels import read_convention, read_labels, read_unit, write_labels
 from datasets.official import agreed_convention
 from util import cli
 from util.errors import UserError, first_five
@@ -59,8 +60,7 @@ def main():
         if any(same_file(path, before) for before in paths[:i]):
             raise UserError(f"{path} is given twice; give each file once")
     table, description = merge(paths)
-    write_labels(args.output, table)
-    write_description(args.output, description)
+    write_labels(args.output, table, description)
     unit = description["unit"]
     counts = ", ".join(f"{scene}: {n}" for scene, n in table["scene"].value_counts(sort=False).items())
     print(f"{args.output}: {len(table)} frames ({counts}), positions in {'metres' if unit == 'm' else unit}")

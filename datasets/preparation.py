@@ -15,8 +15,7 @@ from scipy.ndimage import binary_dilation
 
 from datasets.archives import unpack, unpack_inner
 from datasets.downloads import download
-from datasets.labels import COLUMNS, natural_key, to_number, write_description, write_labels
-from datasets.official import convention_of_scenes
+from datasets.labels import COLUMNS, natural_key, to_number, write_labels
 from datasets.text_files import reading
 from util.errors import UserError
 
@@ -112,10 +111,7 @@ def write_label_files(args, dataset, tables):
         files[dataset.all_scenes_file] = pd.concat([tables[scene]["train"] for scene in together])
     for name, table in files.items():
         path = Path(args.labels_path) / name
-        write_labels(path, table)
-        # Scenes of one's own, in the dataset's layout. An earlier description may be another's.
-        if convention_of_scenes(table["scene"]) != dataset.name or path.with_suffix(".json").exists():
-            write_description(path, {"unit": "m", "convention": dataset.name})
+        write_labels(path, table, {"unit": "m", "convention": dataset.name})
         print(f"{path}: {len(table)} frames")
     if args.scenes:
         print(f"{dataset.all_scenes_file} is written when all scenes are prepared, without --scenes")
@@ -251,8 +247,7 @@ def write_scene(model, labels_path, scene, table, unit):
     for split in ("train", "test"):
         path = Path(labels_path) / f"{scene}_{split}.csv"
         rows = table[table["split"] == split]
-        write_labels(path, rows)
-        write_description(path, {"unit": unit, "convention": "colmap"})
+        write_labels(path, rows, {"unit": unit, "convention": "colmap"})
         print(f"{path}: {len(rows)} frames, positions in {'metres' if unit == 'm' else unit}")
     n_left_out = (table["split"] == "").sum()
     if n_left_out:

@@ -3,11 +3,10 @@
     python -m datasets.subset_labels FILE.csv OUT.csv --share 0.3 [--seed 0] [--by frames|sequences]
 """
 import argparse
-from pathlib import Path
 
 import numpy as np
 
-from datasets.labels import describe, read_labels, write_description, write_labels
+from datasets.labels import describe, read_labels, write_labels
 from util import cli
 from util.errors import UserError
 from util.files import same_file
@@ -47,9 +46,7 @@ def main():
         raise UserError(f"{args.output} is the file to draw from, which stays as it is; name another")
     labels, description = read_labels(args.labels_file), describe(args.labels_file)
     part = subset(labels, args.share, args.seed, args.by)
-    write_labels(args.output, part)
-    if description != {"unit": "m"} or Path(args.output).with_suffix(".json").exists():
-        write_description(args.output, description)
+    write_labels(args.output, part, description)
     counts = ", ".join(f"{scene} {(part['scene'] == scene).sum()} of {n}"
                        for scene, n in labels["scene"].value_counts(sort=False).items())
     print(f"{args.output}: {len(part)} of {len(labels)} frames: {counts}")

@@ -8,13 +8,10 @@ tell it. The page is one file, which needs no network: it holds plotly's JavaScr
 template is viewer.html.
 """
 import argparse
-import base64
 import html
-import io
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +19,14 @@ import pandas as pd
 import torch
 
 from datasets.export_poses import camera_to_world, known_convention
-from datasets.images import UnreadableImage, is_video, read_image
 from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_labels, read_unit
 from datasets.official import CONVENTIONS
-from datasets.resources import n_cores
 from engine.plots import COLOURS, LEAST, limits_of
+from engine.thumbnails import read_thumbnails
 from util import cli
 from util.errors import UserError
 from util.files import same_file, whole_file
 from util.metrics import pose_err
-from util.progress import progress
 
 ERRORS = ["position_error_m", "orientation_error_deg"]
 # Columns that some predictions have, and what the page calls them; {unit} is that of positions.
@@ -39,10 +34,6 @@ SHOWN = {"position_error_m": "position error [{unit}]", "orientation_error_deg":
          "novelty": "novelty", "expected_position_error_m": "expected position error [{unit}]",
          "expected_orientation_error_deg": "expected orientation error [deg]", "rejected": "rejected",
          "predicted_scene": "predicted scene", "scene_probability": "scene probability"}
-SIZES = (480, 320, 240, 160, 120, 96, 64)  # of images' longer side, pixels
-IMAGE_BYTES = 40e6  # of all images in the page, about
-QUALITY = 60  # of JPEG
-N_SAMPLED = 16  # images, from which the bytes of all are estimated
 FRUSTUM = (0.6, 0.45, 1)  # half the width, half the height, and the depth of a camera, relative to its size
 
 
@@ -113,61 +104,6 @@ def _of_scene(path, table, column, scene):
     if scene not in scenes:
         raise UserError(f"{path}: no frames of scene '{scene}'; it has {', '.join(scenes)}")
     return table[table[column] == scene], scene
-
-
-def read_thumbnails(folder, names):
-    """Small JPEG images of frames, base64 text each, or None where there is none; a line counts them.
-
-    They are as large as IMAGE_BYTES allow. Raises UserError for a folder without any of the images.
-    """
-    paths = [os.path.join(folder, name) for name in names]
-    exist = [os.path.isfile(path) for path in paths]
-    if not any(exist):
-        of_videos = [path.rpartition("#")[0] for path in paths]
-        if all(is_video(path) and os.path.isfile(path) for path in of_videos):
-            print("Images: frames of a video are shown without a picture")
-            return [None] * len(names)
-        raise UserError(f"--dataset_path {folder}: has none of the {len(names)} images, such as {paths[0]}; give the "
-                        "folder that img_path is relative to")
-    found = [path for path, exists in zip(paths, exist, strict=True) if exists]
-    sample = [image for path in found[::-(-len(found) // N_SAMPLED)] if (image := _read(path))]
-    bytes_of = {size: len(found) * np.mean([len(_jpeg(image, size)) for image in sample]) if sample else 0
-                for size in SIZES}
-    size = next((size for size in SIZES if bytes_of[size] <= IMAGE_BYTES), SIZES[-1])
-
-    def thumbnail(path):
-        image = _read(path)
-        return image and _jpeg(image, size)
-
-    with ThreadPoolExecutor(n_cores()) as pool:
-        read = dict(zip(found, progress(pool.map(thumbnail, found), total=len(found), desc="images", unit="frame")))
-    images = [read.get(path) for path in paths]
-    there = [image for image in images if image]
-    for count, problem, example in (
-            (exist.count(False), "does not exist", next((p for p in paths if p not in read), "")),
-            (len(found) - len(there), "cannot be read", next((p for p in found if not read[p]), ""))):
-        if count:
-            print(f"Images: {count} of {len(paths)} shown without a picture: the file {problem}, such as {example}")
-    if there:
-        print(f"Images: {len(there)}, at most {size} x {size} pixels, {sum(map(len, there)) / len(there) / 1000:.1f} "
-              "kB each on average")
-    return images
-
-
-def _read(path):
-    """An image, upright, or None."""
-    try:
-        return read_image(path, upright=True)
-    except UnreadableImage:
-        return None
-
-
-def _jpeg(image, size):
-    """An image as base64 text of a JPEG file with at most size x size pixels."""
-    small, file = image.copy(), io.BytesIO()
-    small.thumbnail((size, size))
-    small.save(file, "jpeg", quality=QUALITY)
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def add_errors(table, truth):

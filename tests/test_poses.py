@@ -7,7 +7,7 @@ from conftest import run_module_here, write_labels
 from transforms3d.quaternions import qinverse, quat2mat, rotate_vector
 
 from datasets import export_poses
-from datasets.labels import POSE_COLUMNS, read_labels
+from datasets.labels import POSE_COLUMNS, describe, read_labels
 from util.metrics import pose_err
 
 
@@ -93,6 +93,7 @@ def test_labels_of_predictions_are_a_label_file(files):
     written = read_labels(convert(files, "predictions", "labels", "7Scenes"))
     assert list(pd.read_csv(files / "predictions.labels")) == list(pd.read_csv(files / "labels.csv"))
     assert np.allclose(written[POSE_COLUMNS], pd.read_csv(files / "predictions.csv")[POSE_COLUMNS])
+    assert describe(files / "predictions.labels") == {"unit": "m", "convention": "7Scenes"}
 
 
 @pytest.mark.parametrize("more, names", [

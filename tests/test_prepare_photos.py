@@ -333,3 +333,7 @@ def test_a_mistake_with_files_to_merge_ends_in_one_clear_line(tmp_path):
     cellar.with_suffix(".json").write_text('{"unit": "ells"}')
     assert 'unit "ells" is unknown' in error_of(merge_labels, attic, cellar, out)
     assert not out.exists() and not out.with_suffix(".json").exists()
+    cellar.with_suffix(".json").unlink()
+    assert "all.json: a label file is a .csv file; its description" in error_of(
+        merge_labels, attic, cellar, out.with_name("all.json"))
+    assert not out.with_name("all.json").exists()

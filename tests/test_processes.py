@@ -16,11 +16,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, run_here, weights_of, write_labels, write_scene
-from steady import make_steady
+from torch import nn
 
 from datasets import loaders, transforms
 from datasets.camera_poses import CameraPoseDataset
 from engine import resume
+from models.posenet import PoseNet
 from util import processes
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -45,12 +46,13 @@ def arguments(layout, mode, out, *more, labels="train.csv", **settings):
 
 def test_two_processes_take_the_steps_of_one_and_one_resumes_their_training(layout, monkeypatch):
     with monkeypatch.context() as patch:
-        make_steady(patch.setattr)
+        # PoseNet computes the same in training as in testing, as bench.steady --frozen_norms lets it.
+        patch.setattr(PoseNet, "train", lambda self, mode=True: nn.Module.train(self, False))
         patch.setattr(resume, "remove", lambda prefix: None)
         run_here("main.py", *arguments(layout, "train", "one", n_epochs=4))
     one = torch.load(states(layout / "one")[4])
-    two = state_when_killed(layout / "two", 4, *TORCHRUN, ROOT / "tests/steady.py", ROOT / "main.py",
-                            *arguments(layout, "train", "two"))
+    two = state_when_killed(layout / "two", 4, *TORCHRUN, "-m", "bench.steady", "--frozen_norms", "--size=64",
+                            "main.py", *arguments(layout, "train", "two"))
     losses, losses_two = (state["losses"][:10] for state in (one, two))
     assert torch.allclose(losses, losses_two, rtol=0, atol=1e-5) and len(set(losses.tolist())) == 10
     # Three batches of five frames per epoch, of which the processes have nine and six; errors are medians over all.
@@ -74,7 +76,7 @@ def states(folder):
 def state_when_killed(folder, epoch, *command):
     """Run a training until it has saved an epoch, kill it and all that it started, and return its newest state."""
     process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True)
+                               text=True, cwd=ROOT)
     try:
         deadline = time.monotonic() + 600
         while max(states(folder), default=0) < epoch:

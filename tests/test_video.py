@@ -22,7 +22,8 @@ from util.metrics import pose_err
 
 RATE = 8  # frames per second
 LOSSLESS = {".mp4": ("libx264rgb", "rgb24", {"crf": "0"}), ".mov": ("libx264rgb", "rgb24", {"crf": "0"}),
-            ".mkv": ("ffv1", "bgr0", {}), ".avi": ("ffv1", "bgr0", {})}
+            ".mkv": ("ffv1", "bgr0", {}), ".webm": ("libvpx-vp9", "gbrp", {"lossless": "1"}),
+            ".avi": ("ffv1", "bgr0", {})}
 # What a player shows of stored pixels, by the angle that it turns them counterclockwise, and the display matrix.
 SHOWN = {90: (lambda p: np.rot90(p, 1), (0, -1, 1, 0)), 180: (lambda p: np.rot90(p, 2), (-1, 0, 0, -1)),
          270: (lambda p: np.rot90(p, 3), (0, 1, -1, 0)), "mirrored": (lambda p: p[:, ::-1], (-1, 0, 0, 1))}

@@ -10,8 +10,9 @@ import pytest
 from conftest import COLUMNS, run_module_here, write_labels
 from PIL import Image
 from prepare_layouts import call_well, error_of
+from test_video import SHOWN, rotate, write_video
 
-from engine import viewer
+from engine import thumbnails, viewer
 
 CHROMIUM = shutil.which("chromium")
 SOFTWARE_GL = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
@@ -143,7 +144,7 @@ def test_the_slider_goes_along_the_sequence(page):
 def test_what_is_shown_is_counted(walk):
     folder, output = walk
     first, images, last = output.splitlines()
-    assert first.startswith("Images: 1 of 5 shown without a picture: the file does not exist") and "30.png" in first
+    assert first.startswith("Images: 1 of 5 shown without a picture: it does not exist") and "30.png" in first
     assert images.startswith("Images: 4, at most 480 x 480 pixels")
     assert "pred.html: 5 cameras, 5 with their true poses, coloured by position error [m]; " in last
     training = [position for position in data_of(folder / "pred.html")["training"] if position]
@@ -222,14 +223,24 @@ def test_the_convention_is_asked_for_where_nothing_says_it(tmp_path):
     assert data_of(tmp_path / "pred.html")["estimate"] == known
 
 
-def test_frames_of_a_video_are_shown_without_a_picture_and_axes_as_they_are(tmp_path):
-    write_labels(tmp_path / "pred.csv", [row(f"walk.mp4#{i:06d}", (7.3, 0.01 * i, 8)) for i in range(3)])
-    refused = error_of(viewer, tmp_path / "pred.csv", "--dataset_path", tmp_path, "--convention", "7Scenes")
-    assert "has none of the 3 images" in refused
+def test_frames_of_a_video_are_shown_and_axes_as_they_are(tmp_path):
+    rows = [row(f"walk.mp4#{i:06d}", (7.3, 0.01 * i, 8)) for i in (0, 2, 4, 9)]
+    write_labels(tmp_path / "pred.csv", [*rows, row("a.png", (7, 0, 8))])
+    command = tmp_path / "pred.csv", "--dataset_path", tmp_path, "--convention", "7Scenes"
+    assert "has none of the 5 images" in error_of(viewer, *command)
     (tmp_path / "walk.mp4").touch()
+    assert "walk.mp4: cannot be read as a video" in error_of(viewer, *command)
+    frames = [np.full((48, 64, 3), colour, np.uint8) for colour in (RED, GREEN, BLUE, RED, GREEN)]
+    rotate(write_video(tmp_path / "walk.mp4", frames), SHOWN[90][1])
+    write_image(tmp_path / "a.png", BLUE)
     output, data = view(tmp_path)
-    assert "frames of a video are shown without a picture" in output and data["images"] == [None] * 3
-    assert data["axes"] == ["x [m]", "y [m]", "z [m]"]
+    images = [text and Image.open(io.BytesIO(base64.b64decode(text))) for text in data["images"]]
+    assert data["names"][1:] == [f"walk.mp4#{i:06d}" for i in (0, 2, 4, 9)] and images[4] is None
+    for image, colour in zip(images, (BLUE, RED, BLUE, GREEN), strict=False):
+        assert np.allclose(np.asarray(image).mean(axis=(0, 1)), colour, atol=12)
+    assert [image.size for image in images[1:4]] == [(48, 64)] * 3  # upright
+    assert f"1 of 5 shown without a picture: it cannot be read, such as {tmp_path / 'walk.mp4#000009'}" in output
+    assert "Images: 4, at most 480 x 480 pixels" in output and data["axes"] == ["x [m]", "y [m]", "z [m]"]
 
 
 def test_positions_far_from_the_origin_are_drawn_near_it(tmp_path):
@@ -270,8 +281,8 @@ def test_images_shrink_to_fit_into_the_page(tmp_path, monkeypatch):
         Image.fromarray(noise).save(tmp_path / name)
     write_labels(tmp_path / "pred.csv", [row(name, (i, 0, 0)) for i, name in enumerate(names)])
     widths = []
-    for bytes_of_all in (viewer.IMAGE_BYTES, 100e3):
-        monkeypatch.setattr(viewer, "IMAGE_BYTES", bytes_of_all)
+    for bytes_of_all in (thumbnails.IMAGE_BYTES, 100e3):
+        monkeypatch.setattr(thumbnails, "IMAGE_BYTES", bytes_of_all)
         output, data = view(tmp_path)
         images = [Image.open(io.BytesIO(base64.b64decode(text))) for text in data["images"]]
         assert {image.format for image in images} == {"JPEG"} and len({image.size for image in images}) == 1
