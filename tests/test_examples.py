@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here, weights_of, write_labels, write_scene
 
+from datasets import transforms
 from datasets.official import DATASETS
 
 FILES = [ROOT / f"example_cmd_{name}.md" for name in (
@@ -86,4 +87,5 @@ def test_every_command_of_the_markdown_files_runs(layouts):
 
 def begin(layouts):
     os.chdir(layouts)
+    transforms.SIZE = 64  # as small_frames does
     torch.set_num_threads(1)
