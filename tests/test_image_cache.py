@@ -144,13 +144,15 @@ def test_an_unreadable_frame_is_named_and_leaves_nothing(scene, in_file):
 
 def test_two_runs_at_once_share_a_cache_folder(tmp_path):
     labels = write_labels(tmp_path / "labels.csv", write_scene(tmp_path, "attic", 12, "train"))
-    command = [sys.executable, ROOT / "main.py", "posenet", "train", "none", tmp_path, labels, ROOT / "config.json",
+    command = [ROOT / "main.py", "posenet", "train", "none", tmp_path, labels, ROOT / "config.json",
                "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--set", "backbone_type=mobilenet",
                "hidden_dim=8", "n_epochs=1", "n_workers=0", "average_last=0"]
-    runs = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    small = [sys.executable, "-m", "bench.steady", "--size=64"]
+    runs = [subprocess.Popen(list(map(str, small + command)), stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            for _ in range(2)]
     outputs = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    third = run_here(*command[1:])
+    third = run_here(*command)
     assert "Decoding" not in third
     files = {re.search(r"^Frames come from (.*)$", output, flags=re.MULTILINE)[1] for output in (*outputs, third)}
     assert len(files) == 1 and [str(path) for path in (tmp_path / "cache").iterdir()] == list(files)
