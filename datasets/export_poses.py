@@ -7,9 +7,9 @@ PREDICTIONS.csv is a label file, or what a script wrote with --predictions_path.
 in LABELS.csv: trajectories of the same frames then have the same times, whatever their order. Predictions of a video
 have its times, unless --frames is given. The convention is that of the labels that the APR was trained on: quaternions
 of 7Scenes and of prepare_colmap are camera-to-world, Cambridge's world-to-camera. The names of the papers' scenes tell
-it, or a JSON beside the file (labels.describe). Positions are the camera's in all. visloc names an image by its file's
-name; --name_parts 2 keeps the folder before it, which is the camera's in some of the benchmark's datasets. colmap
-writes a folder, a COLMAP model of images without points, with the intrinsics of the model in SPARSE; an image's name is
+it, or a JSON beside the file (datasets.descriptions). Positions are the camera's in all. visloc names an image by its
+file's name; --name_parts 2 keeps the folder before it, the camera's in some of the benchmark's datasets. colmap writes
+a folder, a COLMAP model of images without points, with the intrinsics of the model in SPARSE; an image's name is
 its whole path, as prepare_colmap has it from the model.
 """
 import argparse
@@ -23,7 +23,8 @@ import numpy as np
 import pandas as pd
 from scipy.spatial.transform import Rotation
 
-from datasets.labels import POSE_COLUMNS, describe, poses_of, read_convention, read_labels, write_labels
+from datasets.descriptions import describe, read_convention
+from datasets.labels import POSE_COLUMNS, poses_of, read_labels, write_labels
 from datasets.official import CONVENTIONS, agreed_convention
 from datasets.prepare_colmap import find_model, read_model
 from datasets.text_files import read_lines

@@ -20,7 +20,7 @@ from util.progress import progress
 
 SHORTER_SIDE = 256
 # A file of frames has the pixels of all frames, one such row per frame, the rows' CRC-32 and the mark.
-ROWS = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
+ROW = np.dtype([("modified_ns", "<i8"), ("n_bytes", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _MARK = b"frames 2"
 _CHUNK = 64  # frames decoded before they are written, so that memory stays small
 
@@ -29,7 +29,7 @@ class ImageCache:
     """Decoded frames: cache[i] is frame i."""
 
     def __init__(self, paths, rows, pixels):
-        """paths: the image files. rows: of the cached frames, the first ones, as ROWS. pixels: theirs, flat."""
+        """paths: the image files. rows: of the cached frames, the first ones, as ROW. pixels: theirs, flat."""
         self.paths, self.pixels = paths, pixels
         self.signatures = list(zip(rows["modified_ns"].tolist(), rows["n_bytes"].tolist(), strict=True))
         self.shapes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
@@ -64,7 +64,7 @@ def cache_in_memory(paths, read, n_threads, budget):
     except OSError as error:
         raise UserError(f"{ends[n_kept - 1] / 1e9:.2f} GB of memory for decoded frames are not available "
                         f"({error.strerror}); set cache_memory_gb to less, or give --cache_dir") from error
-    rows = np.zeros(n_kept, ROWS)
+    rows = np.zeros(n_kept, ROW)
     for i, (signature, pixels) in enumerate(_decode(paths[:n_kept], read, n_threads)):
         if pixels.shape[:2] != shapes[i]:
             raise UserError(f"image {paths[i]} changed while it was read; run again")
@@ -86,7 +86,7 @@ def cache_in_file(cache_dir, paths, read, n_threads, kind):
     n_stale = len(paths) if cache is None else sum(cache[i] is None for i in range(len(paths)))
     if n_stale:
         logging.info("Decoding %d of %d frames into %s", n_stale, len(paths), path)
-        rows = np.zeros(len(paths), ROWS)
+        rows = np.zeros(len(paths), ROW)
 
         def read_or_keep(i):
             kept = None if cache is None else cache[i]
@@ -142,13 +142,13 @@ def _open(path, paths):
     try:
         data = np.memmap(path, np.uint8, mode="r")
         end = len(data) - len(_MARK) - 4
-        rows_begin = end - len(paths) * ROWS.itemsize
+        rows_begin = end - len(paths) * ROW.itemsize
         if rows_begin < 0 or data[end + 4:].tobytes() != _MARK:
             raise ValueError
         packed = data[rows_begin:end].tobytes()
         if zlib.crc32(packed).to_bytes(4, "little") != data[end:end + 4].tobytes():
             raise ValueError
-        cache = ImageCache(paths, np.frombuffer(packed, ROWS), data)
+        cache = ImageCache(paths, np.frombuffer(packed, ROW), data)
         if cache.ends[-1] != rows_begin:
             raise ValueError
         return cache

@@ -7,19 +7,18 @@ The position is in metres, the quaternion scalar first. Rows are numbered as in 
 """
 import argparse
 import csv
-import json
 import logging
 import os
 import re
 import sys
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
 
-from datasets.official import CONVENTIONS, convention_of_scenes
+from datasets.descriptions import check_place, describe, write_description
 from util import cli
 from util.errors import UserError, first_five
 from util.files import same_file, whole_file
@@ -29,7 +28,6 @@ COLUMNS = ["scene", "split", "seq", "img_path", *POSE_COLUMNS]
 EXPECTED_COLUMNS = ["expected_position_error_m", "expected_orientation_error_deg"]  # of predictions
 UNIT_TOLERANCE = 1e-3
 OUTLIER_FACTOR = 10  # times the median distance from the median position of the scene
-UNITS = ("m", "model units")
 FAR_FACTOR = 10  # the same for the distance of the median position from the origin
 
 
@@ -52,52 +50,14 @@ def read_labels(path, columns=COLUMNS, optional=()):
 def write_labels(path, table, description=None):
     """Write a DataFrame as a label file, completely or not at all. It has the DataFrame's columns without `row`.
 
-    description: what `describe` reads beside it, written where the scenes alone do not say it, or over an earlier one.
-    Raises UserError where its path is the label file's.
+    description: what goes beside it, see datasets.descriptions. Raises UserError where something else is there.
     """
-    if description is not None and (beside := Path(path).with_suffix(".json")) == Path(path):
-        raise UserError(f"{path}: a label file is a .csv file; its description goes to the .json file beside it")
+    if description is not None:
+        check_place(path)
     with whole_file(path) as file:
         table.drop(columns="row", errors="ignore").to_csv(file, index=False, lineterminator="\n")
     if description is not None:
-        implied = {"unit": "m", "convention": convention_of_scenes(table["scene"])}
-        if {**implied, **description} != implied or beside.exists():
-            with whole_file(beside) as file:
-                file.write(json.dumps(description) + "\n")
-
-
-def describe(path):
-    """What a label file's poses mean: {'unit': of their positions, and perhaps 'convention': of their quaternions}.
-
-    FILE.json, beside FILE.csv, says it; unless it does, the unit is 'm'. The unit is of UNITS, the convention of
-    official.CONVENTIONS. Raises UserError for others.
-    """
-    path = Path(path).with_suffix(".json")
-    try:
-        about = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {"unit": "m"}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON, such as {{\"unit\": \"m\"}}: "
-                        f"{getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: not a JSON object, such as {{\"unit\": \"m\"}}")
-    about = {"unit": "m", **{key: about[key] for key in ("unit", "convention") if about.get(key) is not None}}
-    for key, allowed in (("unit", UNITS), ("convention", tuple(CONVENTIONS))):
-        if key in about and about[key] not in allowed:
-            raise UserError(f"{path}: {key} {json.dumps(about[key])} is unknown; it must be "
-                            + " or ".join(map(json.dumps, allowed)))
-    return about
-
-
-def read_unit(path):
-    """The unit of a label file's positions; see `describe`."""
-    return describe(path)["unit"]
-
-
-def read_convention(path, scenes):
-    """The convention of a label file's quaternions, or None where it is unknown: of `describe`, or by its scenes."""
-    return describe(path).get("convention") or convention_of_scenes(scenes)
+        write_description(path, description, table["scene"])
 
 
 def poses_of(table):

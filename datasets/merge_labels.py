@@ -2,15 +2,16 @@
 
     python -m datasets.merge_labels A.csv B.csv ... OUT.csv
 
-Image paths stay as they are: all must be relative to one folder. What the JSON files
-beside them say goes to OUT.json.
+Image paths stay as they are: all must be relative to one folder. What the JSON files beside them say goes to OUT.json,
+where the scenes' names do not say it.
 """
 import argparse
 import os
 
 import pandas as pd
 
-from datasets.labels import read_convention, read_labels, read_unit, write_labels
+from datasets.descriptions import read_convention, read_unit
+from datasets.labels import read_labels, write_labels
 from datasets.official import agreed_convention
 from util import cli
 from util.errors import UserError, first_five
@@ -18,7 +19,7 @@ from util.files import same_file
 
 
 def merge(paths):
-    """The labels of several files as one table, and their description, as labels.describe gives it.
+    """The labels of several files as one table, and their description, as descriptions.describe gives it.
 
     Raises UserError for files that share a scene or an image, and for units or conventions that differ.
     """

@@ -238,7 +238,7 @@ def split_every(sequences, every):
 def write_scene(model, labels_path, scene, table, unit):
     """Write the label files of a scene, <scene>_train.csv and <scene>_test.csv, described. Prints what is written.
 
-    model: where the poses are from, for messages. table: that of label_table. unit: see labels.read_unit.
+    model: where the poses are from, for messages. table: that of label_table. unit: see descriptions.read_unit.
     """
     for split in ("train", "test"):
         if split not in set(table["split"]):

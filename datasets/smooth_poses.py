@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from datasets.descriptions import read_unit
 from datasets.labels import (
     EXPECTED_COLUMNS,
     POSE_COLUMNS,
@@ -28,7 +29,6 @@ from datasets.labels import (
     poses_of,
     read_labels,
     read_table,
-    read_unit,
     to_number,
     write_labels,
 )

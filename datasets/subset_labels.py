@@ -6,7 +6,8 @@ import argparse
 
 import numpy as np
 
-from datasets.labels import describe, read_labels, write_labels
+from datasets.descriptions import describe
+from datasets.labels import read_labels, write_labels
 from util import cli
 from util.errors import UserError
 from util.files import same_file

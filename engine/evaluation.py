@@ -88,6 +88,7 @@ def compute_latents(run, apr, dataset):
     with dataset.report_all_unreadable():
         latents = predict(run, test_loader(run, dataset), outputs, "latents")
     processes.continue_on_first()
+    dataset.cache = None  # its memory
     latents = {key: value.to(run.device) for key, value in latents.items()}
     synchronize(run.device)
     seconds, n = time.perf_counter() - begin, len(latents["pose"])
@@ -101,6 +102,8 @@ def _take_decoded(run, dataset):
         dataset.cache_frames(run.cache_dir)
     elif run.decoded_ahead is not None:
         dataset.cache = run.decoded_ahead(dataset.paths)
+        if dataset.cache is not None:
+            run.decoded_ahead = None
 
 
 def frames_of(latents):

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from datasets.labels import POSE_COLUMNS, read_convention, write_labels
+from datasets.descriptions import read_convention
+from datasets.labels import POSE_COLUMNS, write_labels
 from datasets.official import CONVENTIONS, convention_of_scenes
 from engine.novelty import RESULTS, log_novelty
 from engine.plots import draw_test

@@ -33,7 +33,8 @@ class Run:
     cache_dir, predictions_path, max_novelty: of the options of these names, or None.
     settings: of a training, what a resumed one must repeat (resume.settings_of).
     resumed: the state to resume a training from, or None.
-    decoded_ahead: paths -> the frames of these images that are decoded already, an ImageCache or None; or None.
+    decoded_ahead: paths of images -> an ImageCache of those that are decoded already, or None where none is; itself
+        None where nothing is decoded ahead.
     """
     config: Config
     device: object
@@ -111,7 +112,7 @@ def start(args, suffix="", sections=(), ahead=False):
 
 def about(run, model, scene_names):
     """The content of the JSON beside a run's weights. scene_names: in the order of the scene indices, or None."""
-    from datasets.labels import read_convention, read_unit
+    from datasets.descriptions import read_convention, read_unit
 
     convention = read_convention(run.labels_file, scene_names or ())
     return {"model": model, "config": run.config, "scene_names": scene_names, "labels_file": run.labels_file,
@@ -222,7 +223,7 @@ def _check_files(args):
 def unit_of(args):
     """The unit of positions: of the label file or, without one, of the APR's training, as the JSON beside it says."""
     if args.labels_file != "-":
-        from datasets.labels import read_unit
+        from datasets.descriptions import read_unit
 
         return read_unit(args.labels_file)
     from models.checkpoints import read_about

@@ -23,20 +23,17 @@ def read_thumbnails(folder, names):
     """Small JPEG images of frames, upright, base64 text each, or None where there is none; lines count them.
 
     They are as large as IMAGE_BYTES allow. names: of images below the folder, or of a video's frames: walk.mp4#000120.
-    Raises UserError for a folder without any of them, and for a file that is no video.
+    Raises UserError for a folder without any of them.
     """
     paths = [os.path.join(folder, name) for name in names]
     files = [path for path in dict.fromkeys(paths) if os.path.isfile(path)]
-    videos = _frames_of_videos(path for path in paths if not os.path.isfile(path))
-    found = {*files, *(path for frames in videos.values() for path in frames.values())}
+    videos = _frames_of_videos(path for path in dict.fromkeys(paths) if not os.path.isfile(path))
+    found = {*files, *(path for frames in videos.values() for of_number in frames.values() for path in of_number)}
     if not found:
         raise UserError(f"--dataset_path {folder}: has none of the {len(names)} images, such as {paths[0]}; give the "
                         "folder that img_path is relative to")
-    sample = [image for path in files[::-(-len(files) // N_SAMPLED) or 1] if (image := _read(path))]
-    sample += [image for _, image in islice(_decoded(videos), N_SAMPLED)]
-    bytes_of = {size: len(found) * np.mean([len(_jpeg(image, size)) for image in sample]) if sample else 0
-                for size in SIZES}
-    size = next((size for size in SIZES if bytes_of[size] <= IMAGE_BYTES), SIZES[-1])
+    videos = _openable(videos)
+    size = _size_for(sum(path in found for path in paths), files, videos)
 
     def thumbnail(path):
         image = _read(path)
@@ -47,12 +44,20 @@ def read_thumbnails(folder, names):
         for path, image in zip(files, pool.map(thumbnail, files), strict=True):
             read[path] = image
             bar.update()
-        for path, image in _decoded(videos):
-            read[path] = _jpeg(image, size)
-            bar.update()
+        for of_number, image in _decoded(videos):
+            read.update(dict.fromkeys(of_number, _jpeg(image, size)))
+            bar.update(len(of_number))
     images = [read.get(path) for path in paths]
     _count(paths, found, images, size)
     return images
+
+
+def _size_for(n, files, videos):
+    """The largest of SIZES in which n images take IMAGE_BYTES at most, as a sample of them tells."""
+    sample = [image for path in files[::-(-len(files) // N_SAMPLED) or 1] if (image := _read(path))]
+    sample += [image for _, image in islice(_decoded(videos), N_SAMPLED)]
+    bytes_of = {size: n * np.mean([len(_jpeg(image, size)) for image in sample]) if sample else 0 for size in SIZES}
+    return next((size for size in SIZES if bytes_of[size] <= IMAGE_BYTES), SIZES[-1])
 
 
 def _count(paths, found, images, size):
@@ -69,22 +74,35 @@ def _count(paths, found, images, size):
 
 
 def _frames_of_videos(paths):
-    """The frames of videos that exist, among paths such as walk.mp4#000120: {video: {number: path}}."""
+    """The frames of videos that exist, among paths such as walk.mp4#000120: {video: {number: their paths}}."""
     videos = {}
     for path in paths:
         video, _, number = path.rpartition("#")
         if is_video(video) and os.path.isfile(video) and number.isdecimal():
-            videos.setdefault(video, {})[int(number)] = path
+            videos.setdefault(video, {}).setdefault(int(number), []).append(path)
     return videos
 
 
-def _decoded(videos):
-    """Path and PIL image of frames that `_frames_of_videos` gave, in order; fewer where a video ends early."""
+def _openable(videos):
+    """Those of {path: frames} that can be opened, as [(Video, frames)]. Prints why others cannot."""
+    opened = []
     for path, frames in videos.items():
-        video = Video(path)
+        try:
+            opened.append((Video(path), frames))
+        except UserError as error:
+            print(f"Images: {error}")
+    return opened
+
+
+def _decoded(videos):
+    """The paths and the PIL image of each frame of `_openable`, in order; fewer where a video ends early."""
+    for video, frames in videos:
+        last = max(frames)
         for number, _, frame in video:
             if number in frames:
                 yield frames[number], video.image(frame)
+            if number == last:
+                break
 
 
 def _read(path):

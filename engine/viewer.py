@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from datasets.descriptions import read_unit
 from datasets.export_poses import camera_to_world, known_convention
-from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_labels, read_unit
+from datasets.labels import POSE_COLUMNS, far_origin, natural_key, poses_of, read_labels
 from datasets.official import CONVENTIONS
 from engine.plots import COLOURS, LEAST, limits_of
 from engine.thumbnails import read_thumbnails

@@ -8,6 +8,7 @@ import pytest
 from conftest import MINI, ROOT, SHARED, run_module_here, run_script, write_labels
 
 from datasets import labels
+from datasets.descriptions import describe
 
 LABELS = SHARED / "data" / "labels"
 needs_published_labels = pytest.mark.skipif(not LABELS.is_dir(), reason="the published label files are not at hand")
@@ -100,7 +101,7 @@ def test_fix_says_what_it_did(flawed, tmp_path):
     fixed, description = tmp_path / "fixed.csv", {"unit": "model units", "convention": "colmap"}
     flawed.with_suffix(".json").write_text(json.dumps(description))
     status, output, _ = run_module_here(labels, "fix", flawed, fixed)
-    assert labels.describe(fixed) == description
+    assert describe(fixed) == description
     rows = [int(line.split(":")[0].removeprefix("row ")) for line in output.splitlines()[:-1]]
     assert status == 0 and rows == [11, 11, 13, 14, 15, 18]
     table = pd.read_csv(fixed)

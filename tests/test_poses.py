@@ -7,7 +7,8 @@ from conftest import run_module_here, write_labels
 from transforms3d.quaternions import qinverse, quat2mat, rotate_vector
 
 from datasets import export_poses
-from datasets.labels import POSE_COLUMNS, describe, read_labels
+from datasets.descriptions import describe
+from datasets.labels import POSE_COLUMNS, read_labels
 from util.metrics import pose_err
 
 

@@ -21,7 +21,7 @@ from prepare_layouts import (
 )
 
 from datasets import prepare_7scenes
-from datasets.labels import describe
+from datasets.descriptions import describe
 from util.errors import first_five
 
 

@@ -13,7 +13,8 @@ from prepare_layouts import (
 )
 
 from datasets import prepare_cambridge
-from datasets.labels import describe, read_convention, read_labels
+from datasets.descriptions import describe, read_convention
+from datasets.labels import read_labels
 
 
 def test_cambridge_has_no_poses_to_skip(tmp_path):

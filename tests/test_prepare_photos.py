@@ -11,7 +11,7 @@ from prepare_layouts import call_well, error_of, listing, pose_of, read_rows
 from transforms3d.quaternions import mat2quat, quat2mat
 
 from datasets import merge_labels, preparation, prepare_photos
-from datasets.labels import describe, read_unit
+from datasets.descriptions import describe, read_unit
 from datasets.synthetic_scenes.paths import camera_path
 from datasets.synthetic_scenes.render import render
 from datasets.synthetic_scenes.rooms import make_room
@@ -337,3 +337,7 @@ def test_a_mistake_with_files_to_merge_ends_in_one_clear_line(tmp_path):
     assert "all.json: a label file is a .csv file; its description" in error_of(
         merge_labels, attic, cellar, out.with_name("all.json"))
     assert not out.with_name("all.json").exists()
+    about_weights = {"model": "posenet", "unit": "m"}
+    out.with_suffix(".json").write_text(json.dumps(about_weights))
+    assert "its description would overwrite" in error_of(merge_labels, attic, cellar, out)
+    assert not out.exists() and json.loads(out.with_suffix(".json").read_text()) == about_weights

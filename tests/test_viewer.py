@@ -229,7 +229,9 @@ def test_frames_of_a_video_are_shown_and_axes_as_they_are(tmp_path):
     command = tmp_path / "pred.csv", "--dataset_path", tmp_path, "--convention", "7Scenes"
     assert "has none of the 5 images" in error_of(viewer, *command)
     (tmp_path / "walk.mp4").touch()
-    assert "walk.mp4: cannot be read as a video" in error_of(viewer, *command)
+    output, data = view(tmp_path)
+    assert "walk.mp4: cannot be read as a video" in output and data["images"] == [None] * 5
+    assert f"4 of 5 shown without a picture: it cannot be read, such as {tmp_path / 'walk.mp4#000000'}" in output
     frames = [np.full((48, 64, 3), colour, np.uint8) for colour in (RED, GREEN, BLUE, RED, GREEN)]
     rotate(write_video(tmp_path / "walk.mp4", frames), SHOWN[90][1])
     write_image(tmp_path / "a.png", BLUE)

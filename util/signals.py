@@ -50,6 +50,26 @@ def deferred():
 
 
 @contextlib.contextmanager
+def held():
+    """A signal within the block raises Stopped at its end, as it must where a process is forked.
+
+    While Python forks, an exception would leave locks held and the new process unknown. (Masking signals is not enough:
+    a library's thread can take them.) The new process ignores them until it calls `handled_by_system`.
+    """
+    received = []
+    with _handled_by(lambda signum, frame: received.append(signum)):
+        yield
+    if received:
+        raise Stopped(received[0])
+
+
+def handled_by_system():
+    """Let SIGTERM end this process, which was forked by another, without a word. SIGINT is for that one alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def _handled_by(handler):
     """Within the block, a function handles the SIGNALS."""
     before = [signal.signal(signum, handler) for signum in SIGNALS]
