@@ -43,7 +43,7 @@ def run_with_kills(command, out, signum, n, seconds, seed):
         if len(ends) < n:
             while_writing = signum == signal.SIGKILL and len(ends) % 2 == 0
             # Most processes live long enough to save an epoch or two, and none to the end.
-            seconds_to_live = rng.uniform(2, SECONDS_TO_START + max(seconds - SECONDS_TO_START, 0) / n)
+            seconds_to_live = rng.uniform(2, SECONDS_TO_START + max(seconds - SECONDS_TO_START, 0) / (n + 1))
             end = _send(process, signum, out, while_writing, seconds_to_live)
             if end:
                 ends.append(end)
