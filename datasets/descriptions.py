@@ -17,20 +17,26 @@ def describe(path):
     Raises UserError for others.
     """
     path = Path(path).with_suffix(".json")
+    said = _content(path)
+    about = {"unit": "m", **{key: said[key] for key in KEYS if said.get(key) is not None}}
+    for key, allowed in KEYS.items():
+        if key in about and about[key] not in allowed:
+            raise UserError(f"{path}: {key} {json.dumps(about[key])} is unknown; it must be "
+                            + " or ".join(map(json.dumps, allowed)))
+    return about
+
+
+def _content(path):
+    """The JSON object in a file: a dict, empty without a file. Raises UserError for anything else."""
     try:
         about = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        return {"unit": "m"}
+        return {}
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON, such as {{\"unit\": \"m\"}}: "
                         f"{getattr(error, 'strerror', None) or error}") from error
     if not isinstance(about, dict):
         raise UserError(f"{path}: not a JSON object, such as {{\"unit\": \"m\"}}")
-    about = {"unit": "m", **{key: about[key] for key in KEYS if about.get(key) is not None}}
-    for key, allowed in KEYS.items():
-        if key in about and about[key] not in allowed:
-            raise UserError(f"{path}: {key} {json.dumps(about[key])} is unknown; it must be "
-                            + " or ".join(map(json.dumps, allowed)))
     return about
 
 
@@ -50,12 +56,10 @@ def check_place(path):
     if beside == Path(path):
         raise UserError(f"{path}: a label file is a .csv file; its description goes to the .json file beside it")
     try:
-        about = json.loads(beside.read_text(encoding="utf-8-sig"))
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict) or not set(about) <= set(KEYS):
+        is_ours = not beside.exists() or set(_content(beside)) <= set(KEYS)
+    except UserError:
+        is_ours = False
+    if not is_ours:
         raise UserError(f"{path}: its description would overwrite {beside}, which is no label file's; name another")
 
 
